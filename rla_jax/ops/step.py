@@ -62,17 +62,6 @@ def advance(
   return ResidualState(base_BHKV, residual_BHKV), o_BHV
 
 
-@jax.custom_jvp
-def _clip(x: Array, bound: Array) -> Array:
-  return jnp.clip(x, -bound, bound)
-
-
-@_clip.defjvp
-def _clip_jvp(primals, tangents):
-  x, bound = primals
-  return _clip(x, bound), jnp.where(jnp.abs(x) < bound, tangents[0], 0)
-
-
 def clip_residual(x: Array, bound: float | None) -> Array:
   """clip(x, -bound, bound); the gradient passes where |x| < bound, strictly. None: no clipping."""
-  return x if bound is None else _clip(x, jnp.asarray(bound, x.dtype))
+  return x if bound is None else jax.lax.clamp(-bound, x, bound)

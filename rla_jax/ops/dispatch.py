@@ -1,0 +1,91 @@
+"""Which implementation serves a call: by platform, and by what each says it can do.
+
+An implementation is a module with two functions,
+
+    unsupported(inputs, options) -> reason, or None if it serves the call
+    run(inputs, options) -> (o, state)
+
+and is imported when it is first considered, so that no kernel library is needed to import ours.
+"""
+
+import importlib
+from collections.abc import Sequence
+
+import jax
+
+from rla_jax.ops.inputs import Inputs, Options
+
+_MODULES = {
+  'reference': 'rla_jax.ops.reference',
+  'associative': 'rla_jax.ops.associative',
+  'chunked': 'rla_jax.ops.chunked',
+  'triton': 'rla_jax.ops.triton',
+  'pallas': 'rla_jax.ops.pallas',
+}
+_PREFERRED = {
+  'cpu': ('chunked',),
+  'gpu': ('triton', 'chunked'),
+  'cuda': ('triton', 'chunked'),
+  'tpu': ('pallas', 'chunked'),
+}
+IMPLEMENTATIONS = tuple(_MODULES)
+
+
+def current_platform() -> str:
+  """Platform that the call is traced for: that of the mesh in force, else JAX's default backend.
+
+  The mesh comes first so that a program can be compiled for devices that are not attached.
+  """
+  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  platform = getattr(device, 'platform', None)
+  return platform or jax.default_backend()
+
+
+def reasons(inputs: Inputs, options: Options) -> dict[str, str | None]:
+  """Why each implementation cannot serve the call; None where it can."""
+  return {name: _reason(name, inputs, options) for name in IMPLEMENTATIONS}
+
+
+def select(
+  inputs: Inputs, options: Options, implementation: str | Sequence[str] | None = None
+) -> str:
+  """Name of the implementation that serves the call.
+
+  Raises:
+    ValueError: an unknown name, an empty sequence.
+    NotImplementedError: none of those asked for serves the call; the message says why each does
+      not and which do.
+  """
+  names = _candidates(implementation)
+  refused = {}
+  for name in names:
+    refused[name] = _reason(name, inputs, options)
+    if refused[name] is None:
+      return name
+  why = '; '.join(f'{name!r}: {reason}' for name, reason in refused.items())
+  able = [name for name, reason in reasons(inputs, options).items() if reason is None]
+  raise NotImplementedError(
+    f'implementation={implementation!r} cannot serve this call ({why}). These can: {able}.'
+  )
+
+
+def module(name: str):
+  """The module of an implementation."""
+  return importlib.import_module(_MODULES[name])
+
+
+def _candidates(implementation):
+  if implementation is None:
+    return _PREFERRED.get(current_platform(), ('chunked',))
+  names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+  unknown = [name for name in names if name not in _MODULES]
+  if unknown or not names:
+    raise ValueError(
+      f'implementation is {implementation!r}; expected None, one of {list(IMPLEMENTATIONS)}, '
+      'or a non-empty sequence of these'
+    )
+  return names
+
+
+def _reason(name, inputs, options):
+  return module(name).unsupported(inputs, options)

@@ -1,0 +1,20 @@
+"""implementation="pallas": the fused TPU kernels, behind the interface of the plain forms."""
+
+from rla_jax.ops import kernel_call
+from rla_jax.ops.dispatch import current_platform
+from rla_jax.ops.inputs import Inputs, Options
+
+PACKAGE = 'rla_jax.kernels.residual.tpu'
+
+
+def unsupported(inputs: Inputs, options: Options) -> str | None:
+  """Reason why the kernels cannot serve the call, or None."""
+  platform = current_platform()
+  if platform != 'tpu':
+    return f'the Pallas kernels run on TPUs; the platform is {platform!r}'
+  return kernel_call.unsupported(PACKAGE, inputs, options)
+
+
+def run(inputs: Inputs, options: Options):
+  """Calls the kernels. Returns o [B, T, H, V] and the final state."""
+  return kernel_call.run(PACKAGE, inputs, options)

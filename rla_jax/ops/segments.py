@@ -1,0 +1,98 @@
+"""Packed documents: what ids mean, and how a broken document is kept from its neighbours.
+
+Chunked forms multiply masked matrices with the rows of a whole chunk, and 0 * NaN is NaN. So a
+document that holds a NaN or an infinity would ruin those that share a chunk with it. `isolate`
+replaces the bad tokens by zeros before the operator and gives the document its NaN back behind it.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rla_jax.ops.inputs import Inputs
+from rla_jax.ops.state import ResidualState
+from rla_jax.shapes import Array, Segments, Values
+
+
+def count_segments(segment_ids_BT: Segments) -> Segments:
+  """Index of each token's document: 0 at the first token, one more wherever the id changes."""
+  changes_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
+  return jnp.cumsum(changes_BT, axis=1, dtype=jnp.int32)
+
+
+def isolate(
+  run: Callable[[Inputs], tuple[Values, ResidualState]], inputs: Inputs
+) -> tuple[Values, ResidualState]:
+  """Runs the operator so that what is not finite stays inside its own document.
+
+  There it spreads as it would alone: the outputs from the first bad token on, the final state if it
+  is the last document, and all gradients of the document's tokens are NaN.
+  """
+  segments_BT = inputs.segments
+  bad_BT = _not_finite(inputs)
+  index_T = jnp.arange(segments_BT.shape[1])
+  never = segments_BT.shape[1]
+  # First bad token of each document, spread over the whole document.
+  first_BT = _segment_min(jnp.where(bad_BT, index_T, never), segments_BT)
+  broken_BT = first_BT < never
+  poisoned_BT = index_T >= first_BT
+
+  def shield_tokens(x):
+    return None if x is None else _shield(x, bad_BT, broken_BT)
+
+  gates = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')
+  tokens = {name: shield_tokens(getattr(inputs, name)) for name in gates}
+  state = jax.tree.map(lambda s: _shield(s, bad_BT[:, 0], broken_BT[:, 0]), inputs.state)
+  o_BTHV, state = run(inputs._replace(**tokens, state=state))
+  o_BTHV = jnp.where(poisoned_BT[..., None, None], jnp.nan, o_BTHV)
+  lost_B = poisoned_BT[:, -1, None, None, None]
+  return o_BTHV, jax.tree.map(lambda s: jnp.where(lost_B, jnp.nan, s), state)
+
+
+def _not_finite(inputs: Inputs) -> Array:
+  """True [B, T] where any array of a token is not finite; the initial state counts as token 0."""
+
+  def any_per_token(bad):
+    return bad.any(axis=tuple(range(2, bad.ndim)))
+
+  # A log decay of -inf is a reset, not a fault.
+  bad_BT = any_per_token(jnp.isnan(inputs.log_decay) | (inputs.log_decay == jnp.inf))
+  for x in (inputs.q, inputs.k, inputs.v, inputs.beta, inputs.gamma):
+    if x is not None:
+      bad_BT |= any_per_token(~jnp.isfinite(x))
+  for s in jax.tree.leaves(inputs.state):
+    bad_BT = bad_BT.at[:, 0].set(bad_BT[:, 0] | (~jnp.isfinite(s)).any(axis=(1, 2, 3)))
+  return bad_BT
+
+
+def _segment_min(x_BT: Array, segments_BT: Segments) -> Array:
+  """Smallest x of each document, at all of its tokens."""
+
+  def one(x_T, segments_T):
+    size = x_T.shape[0]
+    return jax.ops.segment_min(x_T, segments_T, num_segments=size)[segments_T]
+
+  return jax.vmap(one)(x_BT, segments_BT)
+
+
+@jax.custom_vjp
+def _shield(x: Array, bad: Array, broken: Array) -> Array:
+  """x with zeros where `bad`; its gradient is NaN where `broken`. Both masks are leading axes."""
+  del broken
+  return jnp.where(_expand(bad, x), 0, x)
+
+
+def _shield_forward(x, bad, broken):
+  return _shield(x, bad, broken), broken
+
+
+def _shield_backward(broken, dx):
+  return jnp.where(_expand(broken, dx), jnp.nan, dx), None, None
+
+
+_shield.defvjp(_shield_forward, _shield_backward)
+
+
+def _expand(mask: Array, like: Array) -> Array:
+  return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))

@@ -1,0 +1,24 @@
+"""implementation="triton": the fused GPU kernels, behind the interface of the plain forms."""
+
+import importlib.util
+
+from rla_jax.ops import kernel_call
+from rla_jax.ops.dispatch import current_platform
+from rla_jax.ops.inputs import Inputs, Options
+
+PACKAGE = 'rla_jax.kernels.residual.gpu'
+
+
+def unsupported(inputs: Inputs, options: Options) -> str | None:
+  """Reason why the kernels cannot serve the call, or None."""
+  platform = current_platform()
+  if platform not in ('gpu', 'cuda'):
+    return f'the Triton kernels run on NVIDIA GPUs; the platform is {platform!r}'
+  if importlib.util.find_spec('jax_triton') is None:
+    return 'jax-triton is not installed (pip install "rla-jax[cuda]")'
+  return kernel_call.unsupported(PACKAGE, inputs, options)
+
+
+def run(inputs: Inputs, options: Options):
+  """Calls the kernels. Returns o [B, T, H, V] and the final state."""
+  return kernel_call.run(PACKAGE, inputs, options)
