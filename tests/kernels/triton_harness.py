@@ -1,240 +1,28 @@
-"""Runs and inspects Triton kernels on a machine without a GPU and without torch.
+"""Looks at Triton kernels on a machine without a GPU: runs them on the host, and compiles them.
 
-Three tools, for Triton 3.6 and newer:
-
-- `run(kernel, grid, *arrays, **constexprs)` interprets a `@triton.jit` kernel over numpy arrays,
-  writing in place;
-- `triton_call(...)` has the signature of `jax_triton.triton_call` and interprets instead of
-  compiling, so that a test can put it in place of the real one and run a whole JAX function,
-  `custom_vjp` included, on the CPU;
+- `run(kernel, grid, *arrays, **constexprs)` interprets a kernel over numpy arrays, in place;
+- `triton_call` is `jax_triton.triton_call`, interpreted;
 - `compile_kernel(kernel, arguments, constexprs, ...)` builds for a GPU architecture and reports
   registers, spills, shared memory and the PTX, from the compiler's own words.
-
-No environment variable is involved: kernels are ordinary `JITFunction`s, and interpretation is
-switched on for the length of a call. `TRITON_INTERPRET=1` must not be set: nothing would compile.
-
-Triton's interpreter keeps bfloat16 as raw uint16, rounds it by truncation and multiplies the raw
-bits in `tl.dot`. Here bfloat16 is `ml_dtypes.bfloat16`, conversions round to nearest even, products
-accumulate in float32, and a float32 `tl.dot` with `input_precision="tf32"` (Triton's default)
-loses the bits that it loses on the card.
 """
 
-import contextlib
 import dataclasses
 import functools
-import inspect
 import pathlib
 import re
 import subprocess
 import tempfile
-import threading
-import types
 from typing import Any
-from unittest import mock
 
-import jax
-import ml_dtypes
-import numpy as np
-import triton.language as tl
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, make_backend
-from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
-_interpreter_lock = threading.Lock()  # the interpreter keeps its program id in a global
+from rla_jax.kernels.residual.gpu.interpret import run, triton_call, type_name
 
-
-def type_name(dtype) -> str:
-  """The Triton name of a numpy dtype, for example "bf16"."""
-  dtype = np.dtype(dtype)
-  if dtype == _BFLOAT16:
-    return "bf16"
-  if dtype.kind == "b":
-    return "i1"
-  return f"{ {'f': 'fp', 'i': 'i', 'u': 'u'}[dtype.kind] }{8 * dtype.itemsize}"
-
-
-# --- interpreter ---
-
-
-def _round_to_tf32(x):
-  bits = x.astype(np.float32).view(np.uint32)
-  return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-_triton_numpy_dtype = interpreter._get_np_dtype
-
-
-def _numpy_dtype(triton_dtype):
-  if not isinstance(triton_dtype, tl.pointer_type) and triton_dtype.scalar == tl.bfloat16:
-    return _BFLOAT16
-  return _triton_numpy_dtype(triton_dtype)
-
-
-def _bits(array):
-  return np.ascontiguousarray(array).view(np.uint16) if array.dtype == _BFLOAT16 else array
-
-
-def _masked_load(builder, pointers, mask, other, *cache_policy, **more):
-  del builder, cache_policy, more
-  element_type = pointers.get_element_ty()
-  dtype = _numpy_dtype(element_type)
-  memory_dtype = np.dtype(np.uint16) if dtype == _BFLOAT16 else dtype
-  padding = np.zeros(pointers.data.shape, memory_dtype) if other is None else _bits(other.data)
-  loaded = interpreter._interpreter.load(pointers.data, mask.data, padding, memory_dtype)
-  return interpreter.TensorHandle(loaded.view(dtype), element_type)
-
-
-def _masked_store(builder, pointers, value, mask, *cache_policy, **more):
-  del builder, cache_policy, more
-  return interpreter._interpreter.store(pointers.data, _bits(value.data), mask.data)
-
-
-def _cast(builder, source, target_type):
-  del builder
-  return interpreter.TensorHandle(source.data.astype(_numpy_dtype(target_type)), target_type.scalar)
-
-
-def _cast_rounded(builder, source, target_type, rounding_mode):
-  if rounding_mode not in (None, interpreter._ir.ROUNDING_MODE.RTNE):
-    raise NotImplementedError(f"the harness rounds to nearest even only, not {rounding_mode}")
-  return _cast(builder, source, target_type)
-
-
-def _dot(builder, a, b, accumulator, input_precision, max_num_imprecise_acc):
-  del builder, max_num_imprecise_acc
-  operands = [a.data, b.data]
-  is_tf32 = input_precision == interpreter._ir.INPUT_PRECISION.TF32
-  if is_tf32 and operands[0].dtype == np.float32:
-    operands = [_round_to_tf32(x) for x in operands]
-  product = np.matmul(*(x.astype(accumulator.data.dtype) for x in operands))
-  return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
-
-
-def _call_device_function(function, *args, **kwargs):
-  return interpreter.InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _interpreting():
-  builder = interpreter.InterpreterBuilder
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(_interpreter_lock)
-    for target, name, value in (
-      (interpreter, "_get_np_dtype", _numpy_dtype),
-      (builder, "create_masked_load", _masked_load),
-      (builder, "create_masked_store", _masked_store),
-      (builder, "cast_impl", _cast),
-      (builder, "create_fp_to_fp", _cast_rounded),
-      (builder, "create_dot", _dot),
-      (JITFunction, "__call__", _call_device_function),
-    ):
-      stack.enter_context(mock.patch.object(target, name, value))
-    # Both modules at once: Triton's own device functions see tl.core, kernels see tl.
-    language = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    scope = interpreter._patch_lang(language)
-    stack.callback(scope.restore)
-    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(())))
-    # Overflow to inf and inf - inf are silent on the card.
-    stack.enter_context(np.errstate(all="ignore"))
-    yield interpreter.interpreter_builder
-
-
-def _argument(value):
-  """An array becomes a pointer, a number a scalar of the type that the compiler would choose."""
-  if isinstance(value, np.ndarray):
-    if not (value.flags.c_contiguous and value.flags.writeable):
-      raise ValueError("the harness wants contiguous, writeable arrays")
-    pointer_type = tl.pointer_type(tl.str_to_ty(type_name(value.dtype), None))
-    address = np.array([value.ctypes.data], dtype=np.uint64)
-    return tl.tensor(interpreter.TensorHandle(address, pointer_type), pointer_type)
-  if isinstance(value, float):
-    handle = interpreter.TensorHandle(np.array([value], np.float32), tl.float32)
-    return tl.tensor(handle, tl.float32)
-  return interpreter._implicit_cvt(value)
-
-
-def run(kernel: JITFunction, grid, *args, **constexprs) -> None:
-  """Interprets `kernel` over `grid`; numpy arrays among `args` are read and written in place.
-
-  Launch options (num_warps, num_stages, ...) may be passed and are ignored.
-
-  Raises:
-    TypeError: an argument is missing, misspelled or superfluous.
-  """
-  if not isinstance(kernel, JITFunction):
-    raise TypeError(f"kernel must be a triton.jit function, got {kernel!r}; unset TRITON_INTERPRET")
-  constexprs = {n: v for n, v in constexprs.items() if n not in _LAUNCH_OPTIONS}
-  grid = (grid,) if isinstance(grid, int) else tuple(grid)
-  bound = inspect.signature(kernel.fn).bind(*args, **constexprs)
-  bound.apply_defaults()
-  as_is = {p.name for p in kernel.params if p.is_constexpr}
-  with _interpreting() as builder:
-    body = interpreter.InterpretedFunction(kernel.fn).rewrite()
-    values = {
-      name: value if name in as_is or value is None else _argument(value)
-      for name, value in bound.arguments.items()
-    }
-    builder.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
-    for index in np.ndindex(*builder.grid_dim):
-      builder.set_grid_idx(*index)
-      body(**values)
-
-
-def _poison(shape, dtype):
-  """Fresh output memory: NaN, or the largest integer, so that a missing write shows."""
-  dtype = np.dtype(dtype)
-  if dtype.kind == "b":
-    return np.ones(shape, dtype)
-  return np.full(shape, np.iinfo(dtype).max if dtype.kind in "iu" else np.nan, dtype)
-
-
-def triton_call(
-  *args,
-  kernel,
-  out_shape,
-  grid,
-  name="",
-  num_warps=None,
-  num_stages=None,
-  num_ctas=1,
-  enable_fp_fusion=True,
-  input_output_aliases=None,
-  zeroed_outputs=(),
-  **metaparams,
-) -> Any:
-  """`jax_triton.triton_call`, interpreted on the host; works under jit and shard_map."""
-  del name, num_warps, num_stages, num_ctas, enable_fp_fusion
-  out_shape = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), out_shape)
-  flat_shapes, tree = jax.tree.flatten(out_shape)
-  is_array = [not isinstance(a, (bool, int, float, np.float32)) for a in args]
-  aliases = {output: source for source, output in (input_output_aliases or {}).items()}
-  zeroed = zeroed_outputs(metaparams) if callable(zeroed_outputs) else zeroed_outputs
-  grid = grid(metaparams) if callable(grid) else grid
-
-  def on_host(*arrays):
-    arrays = [np.array(a, order="C") for a in arrays]  # copies: an aliased kernel writes to them
-    remaining = iter(arrays)
-    inputs = [next(remaining) if array else a for a, array in zip(args, is_array)]
-    outputs = []
-    for index, shape in enumerate(flat_shapes):
-      if index in aliases:
-        outputs.append(arrays[aliases[index]])
-      elif index in zeroed:
-        outputs.append(np.zeros(shape.shape, shape.dtype))
-      else:
-        outputs.append(_poison(shape.shape, shape.dtype))
-    run(kernel, grid, *inputs, *outputs, **metaparams)
-    return tuple(outputs)
-
-  arrays = [a for a, array in zip(args, is_array) if array]
-  return jax.tree.unflatten(tree, jax.pure_callback(on_host, tuple(flat_shapes), *arrays))
-
-
-# --- compiler ---
+__all__ = ['Compiled', 'compile_kernel', 'run', 'triton_call', 'type_name']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,46 +37,46 @@ class Compiled:
 
   @property
   def uses_wgmma(self) -> bool:
-    return "wgmma.mma_async" in self.ptx
+    return 'wgmma.mma_async' in self.ptx
 
 
 def _ptxas(ptx: str, capability: int) -> str:
   architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
   with tempfile.TemporaryDirectory() as folder:
-    source = pathlib.Path(folder) / "kernel.ptx"
+    source = pathlib.Path(folder) / 'kernel.ptx'
     source.write_text(ptx)
     program = nvidia.get_ptxas(capability).path
-    command = [program, "-v", f"--gpu-name={architecture}", source, "-o", f"{folder}/cubin"]
+    command = [program, '-v', f'--gpu-name={architecture}', source, '-o', f'{folder}/cubin']
     done = subprocess.run(command, capture_output=True, text=True, check=False)
   if done.returncode:
-    raise RuntimeError(f"ptxas failed:\n{done.stderr}")
+    raise RuntimeError(f'ptxas failed:\n{done.stderr}')
   return done.stderr
 
 
 @functools.cache
 def _compile(kernel, arguments, constexprs, capability, num_warps, num_stages, enable_fp_fusion):
-  target = GPUTarget("cuda", capability, 32)
+  target = GPUTarget('cuda', capability, 32)
   backend = make_backend(target)
   options = backend.parse_options(
-    {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    {'num_warps': num_warps, 'num_stages': num_stages, 'enable_fp_fusion': enable_fp_fusion}
   )
   names = kernel.arg_names
   constants = dict(constexprs)
   runtime = dict(zip([n for n in names if n not in constants], arguments, strict=True))
   # jax-triton promises 16-byte alignment for every array and for no scalar.
-  aligned = [["tt.divisibility", 16]]
-  attributes = {(names.index(n),): aligned for n, t in runtime.items() if t.startswith("*")}
-  signature = {n: runtime.get(n, "constexpr") for n in names}
+  aligned = [['tt.divisibility', 16]]
+  attributes = {(names.index(n),): aligned for n, t in runtime.items() if t.startswith('*')}
+  signature = {n: runtime.get(n, 'constexpr') for n in names}
   source = ASTSource(kernel, signature, constants, attributes)
-  context = interpreter._ir.context()
-  interpreter._ir.load_dialects(context)
+  context = ir.context()
+  ir.load_dialects(context)
   backend.load_dialects(context)
   code_generation = backend.get_codegen_implementation(options)
   module = source.make_ir(target, options, code_generation, backend.get_module_map(), context)
-  metadata: dict[str, Any] = {"target": target, **options.__dict__}
+  metadata: dict[str, Any] = {'target': target, **options.__dict__}
   stages: dict[str, Any] = {}
   backend.add_stages(stages, options, source.language)
-  for stage in ("ttir", "ttgir", "llir", "ptx"):
+  for stage in ('ttir', 'ttgir', 'llir', 'ptx'):
     module = stages[stage](module, metadata)
   log = _ptxas(module, capability)
 
@@ -296,9 +84,9 @@ def _compile(kernel, arguments, constexprs, capability, num_warps, num_stages, e
     return sum(map(int, re.findall(pattern, log)))
 
   return Compiled(
-    registers=number(r"Used (\d+) registers"),
-    spill_bytes=number(r"(\d+) bytes spill stores"),
-    shared_bytes=metadata["shared"],
+    registers=number(r'Used (\d+) registers'),
+    spill_bytes=number(r'(\d+) bytes spill stores'),
+    shared_bytes=metadata['shared'],
     ptx=module,
     log=log,
   )
@@ -322,7 +110,7 @@ def compile_kernel(
       pointer, "i32" or "fp32" for a scalar), or an array or ShapeDtypeStruct of that dtype.
     constexprs: values of all constexpr parameters by name.
   """
-  type_names = tuple(a if isinstance(a, str) else "*" + type_name(a.dtype) for a in arguments)
+  type_names = tuple(a if isinstance(a, str) else '*' + type_name(a.dtype) for a in arguments)
   constants = tuple(sorted(constexprs.items()))
   return _compile(
     kernel, type_names, constants, capability, num_warps, num_stages, enable_fp_fusion

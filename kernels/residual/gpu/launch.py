@@ -1,0 +1,83 @@
+"""The one place that calls jax-triton: its version differences, silent failures and defaults."""
+
+import functools
+import inspect
+import os
+
+import jax
+from triton.runtime.jit import JITFunction
+
+from rla_jax.kernels.residual.gpu import interpret as interpreter
+
+
+@functools.cache
+def _triton_call():
+  # Importing jax-triton empties TRITON_CACHE_DIR, for every other user of Triton in the process.
+  folder = os.environ.get('TRITON_CACHE_DIR')
+  import jax_triton
+
+  if folder is None:
+    os.environ.pop('TRITON_CACHE_DIR', None)
+  else:
+    os.environ['TRITON_CACHE_DIR'] = folder
+  call = jax_triton.triton_call
+  # out_shape became out_type in jax-triton 0.4.
+  is_old = 'out_shape' in inspect.signature(call).parameters
+  return call, 'out_shape' if is_old else 'out_type'
+
+
+def launch(
+  kernel: JITFunction,
+  *inputs,
+  out_shape,
+  grid: tuple[int, ...],
+  num_warps: int,
+  num_stages: int,
+  aliases: dict[int, int] | None = None,
+  interpret: bool = False,
+  **constexprs,
+):
+  """Runs a Triton kernel on `inputs` followed by fresh outputs, and returns the outputs.
+
+  Args:
+    kernel: a `triton.jit` function: parameters for inputs, then outputs, then constexprs.
+    *inputs: arrays, and Python numbers for run-time scalars.
+    out_shape: a ShapeDtypeStruct, or a sequence of them.
+    grid: programs along up to three axes.
+    num_warps: warps of a program.
+    num_stages: depth of the software pipeline.
+    aliases: index of an input to the index of the output that takes its buffer.
+    interpret: run on the host, through Triton's interpreter.
+    **constexprs: every compile-time parameter of the kernel.
+
+  Raises:
+    TypeError: arguments and parameters do not match. (jax-triton alone would take a misspelled
+      argument for a compile-time parameter.)
+  """
+  _check(kernel, len(inputs) + len(jax.tree.leaves(out_shape)), constexprs)
+  call, shape_name = (interpreter.triton_call, 'out_shape') if interpret else _triton_call()
+  return call(
+    *inputs,
+    kernel=kernel,
+    grid=grid,
+    name=kernel.__name__,
+    num_warps=num_warps,
+    num_stages=num_stages,
+    enable_fp_fusion=True,  # its default flips in Triton 3.10
+    input_output_aliases=aliases or {},
+    **{shape_name: out_shape},
+    **constexprs,
+  )
+
+
+def _check(kernel, arguments, constexprs):
+  expected = [p.name for p in kernel.params if not p.is_constexpr]
+  if len(expected) != arguments:
+    raise TypeError(
+      f'{kernel.__name__} got {arguments} arrays and scalars, expected {len(expected)}: {expected}'
+    )
+  names = {p.name for p in kernel.params if p.is_constexpr}
+  if names != set(constexprs):
+    raise TypeError(
+      f'{kernel.__name__} got the constexprs {sorted(constexprs)}, expected {sorted(names)}'
+    )
