@@ -1,0 +1,1 @@
+"""Tests of `rla_jax.ops`: one list of cases for all implementations."""
