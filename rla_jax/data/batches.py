@@ -49,7 +49,7 @@ def train_batches(
   """
   local_size = _local_size(config.batch_size, process_index, process_count)
   if start_step < 0:
-    raise ValueError(f"start_step is {start_step}, expected at least 0")
+    raise ValueError(f'start_step is {start_step}, expected at least 0')
   packing = pack(corpus.train, config.seq_len, config.seed)
   # Batches of a process's size: those of process p are number p of every process_count.
   local = shuffled_rows(packing.num_rows, config.seed).batch(local_size)
@@ -139,7 +139,7 @@ def evaluation_batches(
   documents = corpus.validation
   if max_tokens is not None:
     if max_tokens < 1:
-      raise ValueError(f"max_tokens is {max_tokens}, expected at least 1 or None")
+      raise ValueError(f'max_tokens is {max_tokens}, expected at least 1 or None')
     total = np.cumsum(documents.lengths - 1)
     documents = documents.select(np.arange(max(1, int((total <= max_tokens).sum()))))
   batch_size = config.batch_size if batch_size is None else batch_size
@@ -156,9 +156,9 @@ def _assembled(
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
   if process_count < 1 or not 0 <= process_index < process_count:
-    raise ValueError(f"process_index is {process_index} of process_count {process_count}")
+    raise ValueError(f'process_index is {process_index} of process_count {process_count}')
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
-      f"batch_size is {batch_size}, which process_count {process_count} does not divide"
+      f'batch_size is {batch_size}, which process_count {process_count} does not divide'
     )
   return batch_size // process_count

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-FORMATS = ("auto", "text", "jsonl")
+FORMATS = ('auto', 'text', 'jsonl')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class DataConfig:
   validation_path: str | None = None
   validation_fraction: float = 0.05
   validation_seed: int = 0
-  format: str = "auto"
-  text_field: str = "text"
+  format: str = 'auto'
+  text_field: str = 'text'
   document_separator: str | None = None
-  tokenizer: str = "byte"
+  tokenizer: str = 'byte'
   seq_len: int = 1024
   batch_size: int = 8
   seed: int = 0
@@ -45,26 +45,26 @@ class DataConfig:
   prefetch_batches: int = 8
 
   def __post_init__(self):
-    for name in ("seq_len", "batch_size", "num_threads", "prefetch_batches"):
+    for name in ('seq_len', 'batch_size', 'num_threads', 'prefetch_batches'):
       _expect_int(name, getattr(self, name), least=1)
-    for name in ("seed", "validation_seed"):
+    for name in ('seed', 'validation_seed'):
       _expect_int(name, getattr(self, name), least=0)
-    if self.path is None and self.format != "auto":
-      raise ValueError(f"format={self.format!r} needs a path; the default corpus is plain text")
+    if self.path is None and self.format != 'auto':
+      raise ValueError(f'format={self.format!r} needs a path; the default corpus is plain text')
     if self.format not in FORMATS:
       raise ValueError(f"format is {self.format!r}, expected one of {', '.join(FORMATS)}")
     if not 0.0 < self.validation_fraction < 1.0:
       raise ValueError(
-        f"validation_fraction is {self.validation_fraction!r}, expected a number between 0 and 1"
+        f'validation_fraction is {self.validation_fraction!r}, expected a number between 0 and 1'
       )
-    for name in ("path", "validation_path", "document_separator", "cache_dir"):
-      if getattr(self, name) == "":
-        raise ValueError(f"{name} is empty; use None to leave it out")
-    for name in ("text_field", "tokenizer"):
+    for name in ('path', 'validation_path', 'document_separator', 'cache_dir'):
+      if getattr(self, name) == '':
+        raise ValueError(f'{name} is empty; use None to leave it out')
+    for name in ('text_field', 'tokenizer'):
       if not getattr(self, name):
-        raise ValueError(f"{name} is empty, expected a name")
+        raise ValueError(f'{name} is empty, expected a name')
 
 
 def _expect_int(name: str, value, least: int) -> None:
   if not isinstance(value, int) or isinstance(value, bool) or value < least:
-    raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+    raise ValueError(f'{name} is {value!r}, expected an integer of at least {least}')

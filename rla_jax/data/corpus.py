@@ -45,7 +45,7 @@ class TokenSet:
     """UTF-8 bytes of the texts, the denominator of bits per byte."""
     return int(self.document_bytes.sum())
 
-  def select(self, index: np.ndarray) -> "TokenSet":
+  def select(self, index: np.ndarray) -> 'TokenSet':
     """The documents of a mask or of indices [n], in their order."""
     return TokenSet(
       self.tokens, self.starts[index], self.lengths[index], self.document_bytes[index]
@@ -71,7 +71,7 @@ class Corpus:
   sha256: str
 
   @classmethod
-  def load(cls, config: DataConfig) -> "Corpus":
+  def load(cls, config: DataConfig) -> 'Corpus':
     """Reads, tokenises and splits what the config names, or takes it from its cache_dir.
 
     Everything is read here, once, and file hashes are taken of what is on disk now.
@@ -93,7 +93,7 @@ class Corpus:
       held_out = _tokenised(validation_files, tokenizer, config, cut=False)
       validation = _token_set(held_out)
       train_index, validation_index = _split_two(tokenised.digests, held_out.digests, config)
-      sha256 = hashlib.sha256(f"{tokenised.sha256} {held_out.sha256}".encode()).hexdigest()
+      sha256 = hashlib.sha256(f'{tokenised.sha256} {held_out.sha256}'.encode()).hexdigest()
     return cls(
       everything.select(train_index),
       validation.select(validation_index),
@@ -156,13 +156,13 @@ def _token_set(tokenised: store.TokenStore) -> TokenSet:
 
 
 def _digests(documents: list[Document]) -> np.ndarray:
-  joined = b"".join(split.digest(document.text) for document in documents)
+  joined = b''.join(split.digest(document.text) for document in documents)
   return np.frombuffer(joined, np.uint8).reshape(-1, split.DIGEST_BYTES)
 
 
 def _split_one(digests: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
   """Indices of both sides of one set of documents, held out by content."""
-  _expect_documents(digests, "path", config.path)
+  _expect_documents(digests, 'path', config.path)
   held_out_N = split.split(digests, config.validation_fraction, config.validation_seed)
   return np.flatnonzero(~held_out_N), _by_content(digests, held_out_N, config)
 
@@ -171,15 +171,15 @@ def _split_two(
   digests: np.ndarray, held_out: np.ndarray, config: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
   """Indices into documents and held-out documents; what is held out leaves the training set."""
-  _expect_documents(digests, "path", config.path)
-  _expect_documents(held_out, "validation_path", config.validation_path)
+  _expect_documents(digests, 'path', config.path)
+  _expect_documents(held_out, 'validation_path', config.validation_path)
   contents = {row.tobytes() for row in held_out}
   train_N = np.array([row.tobytes() not in contents for row in digests])
   if not train_N.any():
-    raise DataError(f"every document of path is also in validation_path {config.validation_path!r}")
+    raise DataError(f'every document of path is also in validation_path {config.validation_path!r}')
   if not train_N.all():
     logging.getLogger(__name__).warning(
-      "%d of %d training documents are left out: they are also in validation_path",
+      '%d of %d training documents are left out: they are also in validation_path',
       (~train_N).sum(), train_N.size,
     )
   return np.flatnonzero(train_N), _by_content(held_out, np.ones(len(held_out), bool), config)
@@ -188,9 +188,9 @@ def _split_two(
 def _by_content(digests: np.ndarray, chosen_N: np.ndarray, config: DataConfig) -> np.ndarray:
   # Any beginning of this order is a fair sample, so that a short evaluation can stop early.
   index = np.flatnonzero(chosen_N)
-  return index[np.argsort(split.ranks(digests[index], config.validation_seed), kind="stable")]
+  return index[np.argsort(split.ranks(digests[index], config.validation_seed), kind='stable')]
 
 
 def _expect_documents(digests: np.ndarray, name: str, path: str | None) -> None:
   if not len(digests):
-    raise DataError(f"the corpus is empty: {name} {path!r} holds no text")
+    raise DataError(f'the corpus is empty: {name} {path!r} holds no text')

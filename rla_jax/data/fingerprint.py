@@ -25,20 +25,20 @@ def fingerprint(config: DataConfig, corpus: Corpus) -> dict[str, str | int]:
   """
   probe = shuffled_rows(_PROBE_ROWS, config.seed)
   entries = {
-    "files": _sha256([file.sha256 for file in corpus.files]),
-    "bytes_on_disk": sum(file.size for file in corpus.files),
-    "tokenizer": f"{corpus.tokenizer.name} {corpus.tokenizer.fingerprint}",
-    "tokens": corpus.sha256,
-    "split": _sha256([_documents(corpus.train), _documents(corpus.validation)]),
-    "train_documents": corpus.train.num_documents,
-    "validation_documents": corpus.validation.num_documents,
-    "seq_len": config.seq_len,
-    "batch_size": config.batch_size,
-    "seed": config.seed,
-    "packing_version": PACKING_VERSION,
-    "order": _sha256([int(probe[i]) for i in range(8)]),
+    'files': _sha256([file.sha256 for file in corpus.files]),
+    'bytes_on_disk': sum(file.size for file in corpus.files),
+    'tokenizer': f'{corpus.tokenizer.name} {corpus.tokenizer.fingerprint}',
+    'tokens': corpus.sha256,
+    'split': _sha256([_documents(corpus.train), _documents(corpus.validation)]),
+    'train_documents': corpus.train.num_documents,
+    'validation_documents': corpus.validation.num_documents,
+    'seq_len': config.seq_len,
+    'batch_size': config.batch_size,
+    'seed': config.seed,
+    'packing_version': PACKING_VERSION,
+    'order': _sha256([int(probe[i]) for i in range(8)]),
   }
-  return {**entries, "digest": _sha256(entries)}
+  return {**entries, 'digest': _sha256(entries)}
 
 
 def check_fingerprint(saved: dict[str, str | int], current: dict[str, str | int]) -> None:
@@ -51,14 +51,14 @@ def check_fingerprint(saved: dict[str, str | int], current: dict[str, str | int]
   Raises:
     DataError: they differ; the message lists each entry that does, with both values.
   """
-  names = [name for name in {**saved, **current} if name != "digest"]
+  names = [name for name in {**saved, **current} if name != 'digest']
   lines = [
     f"  {name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
     for name in names
     if saved.get(name) != current.get(name)
   ]
   if lines:
-    raise DataError("\n".join(["the data are not those of the checkpoint:", *lines]))
+    raise DataError('\n'.join(['the data are not those of the checkpoint:', *lines]))
 
 
 def _documents(documents) -> list[list[int]]:

@@ -61,10 +61,10 @@ class Packing:
         segment_ids_BT[row, column:end] = segment
         column = end
     return {
-      "tokens": tokens_BT,
-      "targets": targets_BT,
-      "segment_ids": segment_ids_BT,
-      "loss_mask": (segment_ids_BT > 0).astype(np.float32),
+      'tokens': tokens_BT,
+      'targets': targets_BT,
+      'segment_ids': segment_ids_BT,
+      'loss_mask': (segment_ids_BT > 0).astype(np.float32),
     }
 
 
@@ -91,9 +91,9 @@ def pack(documents: TokenSet, seq_len: int, seed: int) -> Packing:
   full_starts = documents.starts[full_document] + full_number * seq_len
 
   order = np.random.default_rng(seed).permutation(np.flatnonzero(rest))
-  order = order[np.argsort(-rest[order], kind="stable")]
+  order = order[np.argsort(-rest[order], kind='stable')]
   row_of = _best_fit(rest[order].tolist(), seq_len)
-  order, row_of = order[np.argsort(row_of, kind="stable")], np.sort(row_of)
+  order, row_of = order[np.argsort(row_of, kind='stable')], np.sort(row_of)
   pieces_per_row = np.concatenate((np.ones_like(full_starts), np.bincount(row_of)))
   return Packing(
     tokens=documents.tokens,

@@ -25,9 +25,9 @@ def ranks(digests: np.ndarray, seed: int) -> np.ndarray:
   Returns:
     uint64 [N]; equal contents have equal numbers, whatever documents lie around them.
   """
-  key = seed.to_bytes(8, "little")
+  key = seed.to_bytes(8, 'little')
   hashes = [hashlib.blake2b(d.tobytes(), key=key, digest_size=8).digest() for d in digests]
-  return np.frombuffer(b"".join(hashes), "<u8")
+  return np.frombuffer(b''.join(hashes), '<u8')
 
 
 def split(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -51,8 +51,8 @@ def split(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   rank_N = ranks(digests, seed)
   if rank_N.min() == rank_N.max():
     raise DataError(
-      f"all {len(rank_N)} documents are copies of one text: nothing can be held out; "
-      "give validation_path"
+      f'all {len(rank_N)} documents are copies of one text: nothing can be held out; '
+      'give validation_path'
     )
   held_out_N = rank_N.astype(np.float64) / 2.0**64 < fraction
   held_out_N[rank_N == rank_N.min()] = True
@@ -81,13 +81,13 @@ def cut_lone_document(documents: Iterable[Document], fraction: float) -> Iterato
     return
   text = first.text
   cut = int(len(text) * (1.0 - fraction))
-  line_break = text.rfind(b"\n", 0, cut) + 1
+  line_break = text.rfind(b'\n', 0, cut) + 1
   if line_break:
     cut = line_break
   else:
     while cut and text[cut] & 0xC0 == 0x80:  # The bytes of one UTF-8 character stay together.
       cut -= 1
   if not cut:
-    raise DataError(f"{first.source} is the only document and too short to hold out a part of it")
+    raise DataError(f'{first.source} is the only document and too short to hold out a part of it')
   yield Document(text[:cut], first.source)
-  yield Document(text[cut:], f"{first.source} (last {len(text) - cut} bytes)")
+  yield Document(text[cut:], f'{first.source} (last {len(text) - cut} bytes)')

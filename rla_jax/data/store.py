@@ -18,7 +18,7 @@ from rla_jax.data.tokenizer import Tokenizer
 
 STORE_VERSION = 1
 _BATCH_BYTES = 1 << 22
-_FILES = ("tokens.bin", "documents.npz")
+_FILES = ('tokens.bin', 'documents.npz')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,10 @@ def build_or_load(
     damage = _damage(entry)
     if damage is None:
       return _load(entry, tokenizer)
-    logging.getLogger(__name__).warning("%s: %s; tokenising again", entry, damage)
+    logging.getLogger(__name__).warning('%s: %s; tokenising again', entry, damage)
   try:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    draft = entry.parent / f".{key[:16]}-{uuid.uuid4().hex}"
+    draft = entry.parent / f'.{key[:16]}-{uuid.uuid4().hex}'
     draft.mkdir()
     try:
       _write(draft, documents, tokenizer)
@@ -78,7 +78,7 @@ def build_or_load(
     finally:
       shutil.rmtree(draft, ignore_errors=True)
   except OSError as error:
-    raise DataError(f"cannot write cache_dir {cache_dir!r}: {error.strerror}") from error
+    raise DataError(f'cannot write cache_dir {cache_dir!r}: {error.strerror}') from error
   return _load(entry, tokenizer)
 
 
@@ -113,7 +113,7 @@ def _encode(batch: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
   except UnicodeDecodeError:
     for document in batch:
       try:
-        document.text.decode("utf-8")
+        document.text.decode('utf-8')
       except UnicodeDecodeError as error:
         raise DataError(
           f"{document.source} is not UTF-8 (byte {error.start} of the document: {error.reason}); "
@@ -124,39 +124,39 @@ def _encode(batch: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
 
 def _index(lengths: list, sizes: list, digests: list) -> tuple[np.ndarray, ...]:
   offsets = np.concatenate(([0], np.cumsum(np.array(lengths, np.int64))))
-  digests = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+  digests = np.frombuffer(b''.join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
   return offsets, np.array(sizes, np.int64), digests
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
-  return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+  return np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
 
 
 def _write(draft: pathlib.Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
-  with (draft / "tokens.bin").open("wb") as sink:
+  with (draft / 'tokens.bin').open('wb') as sink:
     offsets, document_bytes, digests = _index(*_tokenise(documents, tokenizer, sink))
   np.savez(
-    draft / "documents.npz", offsets=offsets, document_bytes=document_bytes, digests=digests
+    draft / 'documents.npz', offsets=offsets, document_bytes=document_bytes, digests=digests
   )
-  (draft / "manifest.json").write_text(json.dumps({name: _seal(draft / name) for name in _FILES}))
+  (draft / 'manifest.json').write_text(json.dumps({name: _seal(draft / name) for name in _FILES}))
 
 
 def _seal(path: pathlib.Path) -> dict[str, int | str]:
-  with path.open("rb") as stream:
-    return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "size": stream.tell()}
+  with path.open('rb') as stream:
+    return {'sha256': hashlib.file_digest(stream, 'sha256').hexdigest(), 'size': stream.tell()}
 
 
 def _damage(entry: pathlib.Path) -> str | None:
   try:
-    manifest = json.loads((entry / "manifest.json").read_text())
+    manifest = json.loads((entry / 'manifest.json').read_text())
     for name in _FILES:
       size = (entry / name).stat().st_size
-      if size != manifest[name]["size"]:
+      if size != manifest[name]['size']:
         return f"{name} has {size} bytes, its manifest says {manifest[name]['size']}"
       if _seal(entry / name) != manifest[name]:
-        return f"{name} does not have the SHA-256 of its manifest"
+        return f'{name} does not have the SHA-256 of its manifest'
   except (OSError, ValueError, KeyError, TypeError) as error:
-    return f"unreadable: {error!r}"
+    return f'unreadable: {error!r}'
   return None
 
 
@@ -172,11 +172,11 @@ def _publish(draft: pathlib.Path, entry: pathlib.Path) -> None:
 
 
 def _load(entry: pathlib.Path, tokenizer: Tokenizer) -> TokenStore:
-  with np.load(entry / "documents.npz") as index:
-    parts = index["offsets"], index["document_bytes"], index["digests"]
+  with np.load(entry / 'documents.npz') as index:
+    parts = index['offsets'], index['document_bytes'], index['digests']
   # An empty file cannot be mapped; no documents are the caller's error to report.
-  empty = not (entry / "tokens.bin").stat().st_size
+  empty = not (entry / 'tokens.bin').stat().st_size
   dtype = _dtype(tokenizer)
-  tokens = np.zeros(0, dtype) if empty else np.memmap(entry / "tokens.bin", dtype, mode="r")
-  sha256 = json.loads((entry / "manifest.json").read_text())["tokens.bin"]["sha256"]
+  tokens = np.zeros(0, dtype) if empty else np.memmap(entry / 'tokens.bin', dtype, mode='r')
+  sha256 = json.loads((entry / 'manifest.json').read_text())['tokens.bin']['sha256']
   return TokenStore(tokens, *parts, sha256)

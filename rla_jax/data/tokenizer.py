@@ -7,15 +7,20 @@ import abc
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from rla_jax.data.sources import DataError
 
 # Names under which published vocabularies keep the tokens that open and close a document.
-_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>")
-_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
+_BOS_NAMES = ('<s>', '<bos>', '<|begin_of_text|>', '<|endoftext|>')
+_EOS_NAMES = ('</s>', '<eos>', '<|end_of_text|>', '<|endoftext|>')
+# The `tokenizers` library needs over 100 bytes of memory for a character it is working on.
+_PIECE_CHARACTERS = 1 << 15
+_PIECES_AT_ONCE = 128
+_CUT = re.compile(r'(?<=[^\W_])(?=[ \n][^\W_])')
 
 
 class Tokenizer(abc.ABC):
@@ -59,17 +64,17 @@ class Tokenizer(abc.ABC):
 class ByteTokenizer(Tokenizer):
   """The 256 byte values, 256 for the start and 257 for the end of a document."""
 
-  name = "byte"
+  name = 'byte'
   vocab_size = 258
   bos_id = 256
   eos_id = 257
-  fingerprint = hashlib.sha256(b"256 bytes, bos 256, eos 257").hexdigest()
+  fingerprint = hashlib.sha256(b'256 bytes, bos 256, eos 257').hexdigest()
 
   def encode_batch(self, texts):
     return [np.frombuffer(_as_bytes(text), np.uint8).astype(np.int32) for text in texts]
 
   def decode(self, ids):
-    return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
   def decode_bytes(self, ids):
     ids = _checked(ids, self.vocab_size)
@@ -93,12 +98,22 @@ class BPETokenizer(Tokenizer):
     self.bos_id, self.eos_id, self.vocab_size = _document_ids(
       vocabulary, max(vocabulary.values()) + 1
     )
-    self.fingerprint = _fingerprint("bpe", content, self)
+    self._cuttable = _is_gpt2_like(json.loads(tokenizer.to_str()))
+    self.fingerprint = _fingerprint('bpe', content, self)
 
   def encode_batch(self, texts):
     texts = [_as_str(text) for text in texts]
-    encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, np.int32) for encoding in encodings]
+    pieces = [list(_cut(text)) if self._cuttable else [text] for text in texts]
+    flat = [piece for text_pieces in pieces for piece in text_pieces]
+    ids = []
+    for begin in range(0, len(flat), _PIECES_AT_ONCE):
+      encodings = self._tokenizer.encode_batch_fast(
+        flat[begin : begin + _PIECES_AT_ONCE], add_special_tokens=False
+      )
+      ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
+    ends = np.cumsum([len(text_pieces) for text_pieces in pieces]).tolist()
+    begins = [0, *ends[:-1]]
+    return [np.concatenate(ids[begin:end]) for begin, end in zip(begins, ends, strict=True)]
 
   def decode(self, ids):
     ids = _without(_checked(ids, self.vocab_size), self.bos_id, self.eos_id)
@@ -115,11 +130,11 @@ class SentencePieceTokenizer(Tokenizer):
     size = processor.get_piece_size()
     known = {}
     if processor.bos_id() >= 0:
-      known["<s>"] = processor.bos_id()
+      known['<s>'] = processor.bos_id()
     if processor.eos_id() >= 0:
-      known["</s>"] = processor.eos_id()
+      known['</s>'] = processor.eos_id()
     self.bos_id, self.eos_id, self.vocab_size = _document_ids(known, size)
-    self.fingerprint = _fingerprint("sentencepiece", content, self)
+    self.fingerprint = _fingerprint('sentencepiece', content, self)
 
   def encode_batch(self, texts):
     pieces = self._processor.encode([_as_str(text) for text in texts], out_type=int)
@@ -152,25 +167,25 @@ def load_tokenizer(spec: str) -> Tokenizer:
     return ByteTokenizer()
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
-    if (path / "tokenizer.json").is_file():
-      return _load_json(path / "tokenizer.json", path.name)
-    vocab = _first_file(path, "vocab.json", "encoder.json")
-    merges = _first_file(path, "merges.txt", "vocab.bpe")
+    if (path / 'tokenizer.json').is_file():
+      return _load_json(path / 'tokenizer.json', path.name)
+    vocab = _first_file(path, 'vocab.json', 'encoder.json')
+    merges = _first_file(path, 'merges.txt', 'vocab.bpe')
     if vocab and merges:
       return _load_gpt2(vocab, merges, path.name)
-    if (path / "tokenizer.model").is_file():
-      return _load_sentencepiece(path / "tokenizer.model", path.name)
+    if (path / 'tokenizer.model').is_file():
+      return _load_sentencepiece(path / 'tokenizer.model', path.name)
     raise DataError(
-      f"tokenizer folder {spec!r} holds neither tokenizer.json, nor vocab.json (encoder.json) with "
-      "merges.txt (vocab.bpe), nor tokenizer.model"
+      f'tokenizer folder {spec!r} holds neither tokenizer.json, nor vocab.json (encoder.json) with '
+      'merges.txt (vocab.bpe), nor tokenizer.model'
     )
   if not path.is_file():
     raise DataError(f"tokenizer {spec!r} is neither 'byte' nor an existing file or folder")
-  if path.suffix == ".json":
+  if path.suffix == '.json':
     return _load_json(path, path.name)
-  if path.suffix == ".model":
+  if path.suffix == '.model':
     return _load_sentencepiece(path, path.name)
-  raise DataError(f"tokenizer {spec!r} ends in {path.suffix!r}, expected .json, .model or a folder")
+  raise DataError(f'tokenizer {spec!r} ends in {path.suffix!r}, expected .json, .model or a folder')
 
 
 def _load_json(path: pathlib.Path, name: str) -> BPETokenizer:
@@ -180,7 +195,7 @@ def _load_json(path: pathlib.Path, name: str) -> BPETokenizer:
   try:
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
   except Exception as error:  # The library raises plain Exception.
-    raise DataError(f"{path} is no `tokenizers` file: {error}") from error
+    raise DataError(f'{path} is no `tokenizers` file: {error}') from error
   return BPETokenizer(tokenizer, name, content)
 
 
@@ -191,7 +206,7 @@ def _load_gpt2(vocab: pathlib.Path, merges: pathlib.Path, name: str) -> BPEToken
   try:
     model = models.BPE.from_file(str(vocab), str(merges))
   except Exception as error:  # The library raises plain Exception.
-    raise DataError(f"{vocab} and {merges} are no GPT-2 vocabulary and merges: {error}") from error
+    raise DataError(f'{vocab} and {merges} are no GPT-2 vocabulary and merges: {error}') from error
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -205,8 +220,32 @@ def _load_sentencepiece(path: pathlib.Path, name: str) -> SentencePieceTokenizer
   try:
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
   except RuntimeError as error:
-    raise DataError(f"{path} is no SentencePiece model: {error}") from error
+    raise DataError(f'{path} is no SentencePiece model: {error}') from error
   return SentencePieceTokenizer(processor, name, content)
+
+
+def _is_gpt2_like(description: dict) -> bool:
+  """Whether GPT-2's expression cuts the text into words, and nothing else touches it before."""
+  pre_tokenizer = description['pre_tokenizer'] or {}
+  return (
+    pre_tokenizer.get('type') == 'ByteLevel'
+    and pre_tokenizer['use_regex']
+    and not pre_tokenizer['add_prefix_space']
+    and description['normalizer'] is None
+    and all(token['special'] for token in description['added_tokens'])
+  )
+
+
+def _cut(text: str) -> Iterator[str]:
+  """Pieces with the same tokens as the whole: no word of GPT-2's spans from a letter to a space."""
+  begin = 0
+  while len(text) - begin > _PIECE_CHARACTERS:
+    match = _CUT.search(text, begin + _PIECE_CHARACTERS)
+    if match is None:
+      break
+    yield text[begin : match.start()]
+    begin = match.start()
+  yield text[begin:]
 
 
 def _document_ids(vocabulary: dict[str, int], size: int) -> tuple[int, int, int]:
@@ -231,13 +270,13 @@ def _as_bytes(text: str | bytes) -> bytes:
 
 
 def _as_str(text: str | bytes) -> str:
-  return text if isinstance(text, str) else text.decode("utf-8")
+  return text if isinstance(text, str) else text.decode('utf-8')
 
 
 def _checked(ids, vocab_size: int) -> np.ndarray:
   ids = np.asarray(ids, dtype=np.int64)
   if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-    raise ValueError(f"ids reach from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}")
+    raise ValueError(f'ids reach from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}')
   return ids
 
 
