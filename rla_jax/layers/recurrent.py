@@ -1,0 +1,210 @@
+"""The mathematics of every recurrent layer, as pure functions of parameters and inputs.
+
+    q, k, v = silu(conv(x W)), q and k with unit L2 norm          log alpha, beta, gamma = gates(x)
+    o, S, R = operator(q / sqrt(K), k, v, log alpha, beta, gamma)
+    y = (rms_norm(o) * silu(x W)) W
+
+The Linen and the NNX layers only hold the parameters, so equal weights give equal bits.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from rla_jax import ops
+from rla_jax.layers.cache import RecurrentCache, last_segment
+from rla_jax.layers.conv import init_taps, next_tail, short_convolution
+from rla_jax.layers.gates import compute_gates, gate_parameters
+from rla_jax.layers.norms import at_least_float32, l2_norm, rms_norm
+from rla_jax.layers.rope import rotate
+from rla_jax.layers.settings import Settings
+from rla_jax.ops.segments import count_segments
+from rla_jax.shapes import Array, Float, Segments
+
+_ACTIVATIONS = {'silu': jax.nn.silu, 'sigmoid': jax.nn.sigmoid, 'none': lambda x: x}
+
+
+def parameters(s: Settings, model_dim: int) -> dict:
+  """Every parameter of a layer by name: its shape and its initializer (key, shape, dtype) -> array.
+
+  Projections are [inputs, outputs], convolutions [W, channels]; heads are the slower index.
+  """
+  key_size, value_size = s.key_heads * s.head_dim, s.num_heads * s.value_dim
+  sizes = {'q': key_size, 'k': key_size, 'v': value_size}
+  found = {f'{name}_proj': ((model_dim, size), s.kernel_init) for name, size in sizes.items()}
+  if s.conv_width is not None:
+    found |= {f'{name}_conv': ((s.conv_width, size), init_taps) for name, size in sizes.items()}
+  found |= gate_parameters(s, model_dim)
+  if s.skip:
+    found['skip_scale'] = (s.num_heads,), jax.nn.initializers.ones
+  if s.output_gate != 'none' and s.gate_rank is None:
+    found['output_gate_proj'] = (model_dim, value_size), s.kernel_init
+  elif s.output_gate != 'none':
+    found['output_gate_down_proj'] = (model_dim, s.gate_rank), s.kernel_init
+    found['output_gate_up_proj'] = (s.gate_rank, value_size), s.kernel_init
+  if s.output_norm != 'none':
+    size = s.value_dim if s.output_norm == 'head' else value_size
+    found['norm_scale'] = (size,), jax.nn.initializers.ones
+  found['o_proj'] = (value_size, model_dim), s.kernel_init
+  return found
+
+
+def init_cache(s: Settings, batch_size: int, dtype=jnp.float32) -> RecurrentCache:
+  """The cache before the first token; `dtype` is that of the layer's products."""
+  state_heads = 2 * s.num_heads if s.two_states else s.num_heads
+  shape = batch_size, state_heads, s.head_dim, s.value_dim
+  state_dtype = at_least_float32(dtype)
+  base = jnp.zeros(shape, state_dtype)
+  residual = jnp.zeros(shape, state_dtype) if s.residual else None
+  tails = {}
+  if s.conv_width is not None:
+    key_size, value_size = s.key_heads * s.head_dim, s.num_heads * s.value_dim
+    sizes = {'q': key_size, 'k': key_size, 'v': value_size}
+    tails = {n: jnp.zeros((batch_size, s.conv_width - 1, c), dtype) for n, c in sizes.items()}
+  segment = jnp.zeros(batch_size, jnp.int32)
+  return RecurrentCache(tails, ops.ResidualState(base, residual), segment, jnp.int32(0))
+
+
+def mix(
+  s: Settings,
+  params: dict,
+  x: Float[Array, 'B T D'],
+  segment_ids: Segments | None = None,
+  cache: RecurrentCache | None = None,
+) -> tuple[Float[Array, 'B T D'], RecurrentCache | None]:
+  """The layer: y [B, T, D] and the cache after the last token (None without one).
+
+  Args:
+    s: what to compute.
+    params: as `parameters` names them.
+    x: inputs.
+    segment_ids: documents of a packed sequence; see `cache.py` for both.
+    cache: from `init_cache`, or from the call before.
+  """
+  dtype = jnp.dtype(s.dtype or x.dtype)
+  x_BTD = x.astype(dtype)
+  if x.shape[1] == 0:
+    return x_BTD, cache
+  resumed = None if cache is None else cache.resume(segment_ids)
+  documents_BT = None if segment_ids is None else count_segments(segment_ids)
+  positions_T = jnp.arange(x.shape[1]) + (0 if cache is None else cache.length)
+
+  heads, tails = {}, {}
+  for name in ('q', 'k', 'v'):
+    h_BTX = jnp.dot(x_BTD, params[f'{name}_proj'].astype(dtype))
+    tail = None
+    if s.conv_width is not None and cache is not None:
+      tail = resumed.tails[name]
+      last_BTX = next_tail(h_BTX, s.conv_width, documents_BT, tail)
+      tails[name] = last_BTX.astype(tail.dtype)
+    heads[name] = _head_inputs(
+      s, name, h_BTX, params.get(f'{name}_conv'), documents_BT, tail, positions_T
+    )
+  gates = compute_gates(s, params, x_BTD)
+  state = None if cache is None else resumed.state
+  o_BTHV, state = _recur(s, heads, gates, segment_ids, state)
+  o_BTHV = checkpoint_name(o_BTHV, 'mixer_output')
+
+  gate_BTX = _output_gate(s, params, x_BTD)
+  skip_H, scale = params.get('skip_scale'), params.get('norm_scale')
+  o_BTX = _head_outputs(s, o_BTHV, heads['v'], skip_H, gate_BTX, scale)
+  y_BTD = jnp.dot(o_BTX, params['o_proj'].astype(dtype))
+  if cache is None:
+    return y_BTD, None
+  state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, cache.state)
+  length = cache.length + x.shape[1]
+  return y_BTD, RecurrentCache(tails, state, last_segment(segment_ids, cache), length)
+
+
+# Elementwise work, so cheaper to repeat in the backward pass than to keep its float32 inside.
+@functools.partial(jax.checkpoint, static_argnums=(0, 1))
+def _head_inputs(s, name, h_BTX, taps_WX, documents_BT, tail_BTX, positions_T):
+  """Convolution, activation, norm and rotation of q, k or v; rounded once, at the end."""
+  B, T, X = h_BTX.shape
+  dtype = h_BTX.dtype
+  H = s.num_heads if name == 'v' else s.key_heads
+  h_BTX = h_BTX.astype(at_least_float32(dtype))
+  if taps_WX is not None:
+    h_BTX = short_convolution(h_BTX, taps_WX, documents_BT, tail_BTX)
+  h_BTHX = _ACTIVATIONS[s.activation](h_BTX).reshape(B, T, H, X // H)
+  if name == 'v':
+    return h_BTHX.astype(dtype)
+  scale = 1.0
+  if name == 'q':
+    scale = s.head_dim**-0.5 if s.query_scale is None else s.query_scale
+  h_BTHX = l2_norm(h_BTHX, scale) if s.qk_norm else h_BTHX * scale
+  if s.rope_base is not None:
+    h_BTHX = rotate(h_BTHX, positions_T, s.rope_base)
+  return h_BTHX.astype(dtype)
+
+
+def _recur(s, heads, gates, segment_ids, state):
+  """Runs the operator, or its step for one token of a cached sequence."""
+  q, k, v = heads['q'], heads['k'], heads['v']
+  log_decay, beta, gamma = gates
+  shape = v.shape
+  if s.two_states:
+    v, log_decay, beta = _two_states(v, log_decay, beta, gamma)
+    gamma = None
+  arguments = q, k, v, log_decay, beta, gamma
+  options = {'clip': s.clip, 'readout': s.readout}
+  if state is not None and shape[1] == 1:
+    step = ops.residual_delta_rule_step
+    if s.update == 'additive':
+      step = ops.residual_linear_attention_step
+    token = [None if a is None else a[:, 0] for a in arguments]
+    o_BHV, state = step(*token, state, **options)
+    o_BTHV = o_BHV[:, None]
+  else:
+    operator = ops.residual_delta_rule
+    if s.update == 'additive':
+      operator = ops.residual_linear_attention
+    o_BTHV, state = operator(
+      *arguments, initial_state=state, segment_ids=segment_ids, chunk_size=s.chunk_size,
+      implementation=s.implementation, **options,
+    )  # fmt: skip
+  if s.two_states:
+    o_BTHV = o_BTHV.reshape(*shape[:3], 2, shape[3]).sum(axis=3)
+  return o_BTHV, state
+
+
+def _two_states(v_BTHV, log_decay, beta_BTH, gamma_BTH):
+  """Neighbouring heads 2h and 2h + 1 write the same v at rates beta and gamma."""
+  if beta_BTH is None:
+    beta_BTH = jnp.ones_like(gamma_BTH)
+  B, T, H = beta_BTH.shape
+  rates_BTH = jnp.stack([beta_BTH, gamma_BTH], axis=3).reshape(B, T, 2 * H)
+  if log_decay is not None:
+    log_decay = jnp.repeat(log_decay, 2, axis=2)
+  return jnp.repeat(v_BTHV, 2, axis=2), log_decay, rates_BTH
+
+
+def _output_gate(s, params, x_BTD):
+  if s.output_gate == 'none':
+    return None
+  names = ('output_gate_proj',)
+  if s.gate_rank is not None:
+    names = ('output_gate_down_proj', 'output_gate_up_proj')
+  for name in names:
+    x_BTD = jnp.dot(x_BTD, params[name].astype(x_BTD.dtype))
+  return x_BTD
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0,))
+def _head_outputs(s, o_BTHV, v_BTHV, skip_H, gate_BTX, scale):
+  """Skip, norm and gate of the read-out, heads merged; rounded once, at the end."""
+  B, T, H, V = o_BTHV.shape
+  dtype = o_BTHV.dtype
+  o_BTHV = o_BTHV.astype(at_least_float32(dtype))
+  if skip_H is not None:
+    o_BTHV += skip_H.astype(o_BTHV.dtype)[None, None, :, None] * v_BTHV.astype(o_BTHV.dtype)
+  if s.output_norm == 'head':
+    o_BTHV = rms_norm(o_BTHV, scale, s.norm_eps)
+  o_BTX = o_BTHV.reshape(B, T, H * V)
+  if gate_BTX is not None:
+    o_BTX *= _ACTIVATIONS[s.output_gate](gate_BTX.astype(o_BTX.dtype))
+  if s.output_norm == 'gated':
+    o_BTX = rms_norm(o_BTX, scale, s.norm_eps)
+  return o_BTX.astype(dtype)

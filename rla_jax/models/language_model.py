@@ -1,0 +1,143 @@
+"""The language model: embedding, scanned blocks, head; losses and decode cache."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rla_jax.layers.norms import RMSNorm, at_least_float32
+from rla_jax.models.blocks import Group, make_mixer
+from rla_jax.models.config import ModelConfig
+from rla_jax.models.loss import TokenScores, score, score_chunked
+from rla_jax.models.remat import policy
+from rla_jax.shapes import Array, Float, Int, Segments
+
+Tokens = Int[Array, 'B T']
+
+
+class LanguageModel(nn.Module):
+  """Pre-norm decoder: embedding, `num_layers` blocks of mixer and SwiGLU, RMS norm, head.
+
+  The parameters of the blocks are stacked: every leaf under 'blocks' has a leading axis
+  num_layers / len(pattern), over which `nn.scan` runs.
+
+  Attributes:
+    config: its settings.
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    init = nn.initializers.normal(c.init_std)
+    shape = c.vocab_size, c.model_dim
+    self.embedding = self.param('embedding', init, shape, c.param_dtype)
+    if not c.tie_embeddings:
+      self.head = self.param('head', init, shape[::-1], c.param_dtype)
+    self.final_norm = RMSNorm(eps=c.norm_eps, param_dtype=c.param_dtype)
+    group = Group
+    if c.remat != 'none':
+      # Inside a scan nothing can be merged with the forward pass, so no barriers are needed.
+      group = nn.remat(group, policy=policy(c.remat), prevent_cse=False)
+    self.blocks = nn.scan(
+      group,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(nn.broadcast, 0),
+      length=c.num_layers // len(c.pattern),
+    )(c)
+
+  def __call__(
+    self, tokens: Tokens, segment_ids: Segments | None = None, cache: tuple | None = None
+  ) -> Float[Array, 'B T S'] | tuple[Float[Array, 'B T S'], tuple]:
+    """Logits of the next token at every position.
+
+    Args:
+      tokens: ids [B, T].
+      segment_ids: documents of packed sequences [B, T]. None: one document a sequence.
+      cache: from `init_cache` or the call before (the contract of `rla_jax.layers.cache`).
+
+    Returns:
+      Logits [B, T, S] in float32; with a cache, (logits, the cache after the last token).
+    """
+    x_BTD, cache = self._trunk(tokens, segment_ids, cache)
+    logits_BTS = self._logits(x_BTD)
+    return logits_BTS if cache is None else (logits_BTS, cache)
+
+  def loss(
+    self,
+    tokens: Tokens,
+    targets: Tokens,
+    mask: Float[Array, 'B T'] | None = None,
+    segment_ids: Segments | None = None,
+  ) -> tuple[Float[Array, ''], Float[Array, '']]:
+    """Sum of the masked -ln p(target) and the sum of the mask.
+
+    Both are sums, so that micro-batches and devices add up exactly: divide once, at the end.
+
+    Args:
+      tokens: inputs [B, T].
+      targets: the token after each of them [B, T].
+      mask: weight of each target [B, T]; None: 1.
+      segment_ids: documents [B, T].
+
+    Returns:
+      (sum of losses in nats, sum of weights), float32.
+    """
+    nll_BT = self.score(tokens, targets, segment_ids).nll
+    if mask is None:
+      return nll_BT.sum(), jnp.asarray(nll_BT.size, nll_BT.dtype)
+    mask_BT = mask.astype(nll_BT.dtype)
+    # A masked position may hold anything, a NaN included.
+    return jnp.where(mask_BT != 0, mask_BT * nll_BT, 0).sum(), mask_BT.sum()
+
+  def score(
+    self, tokens: Tokens, targets: Tokens, segment_ids: Segments | None = None
+  ) -> TokenScores:
+    """-ln p(target) and whether the target is the most probable token, at every position.
+
+    Holds the logits of `config.loss_chunk` positions at a time. Arguments as for `loss`.
+    """
+    x_BTD, _ = self._trunk(tokens, segment_ids, None)
+    if self.config.loss_chunk is None:
+      return score(self._logits(x_BTD), targets)
+    return score_chunked(self._logits, x_BTD, targets, self.config.loss_chunk)
+
+  @nn.nowrap
+  def init_cache(self, batch_size: int, max_length: int | None = None) -> tuple:
+    """The cache before the first token: needs no parameters.
+
+    Args:
+      batch_size: sequences.
+      max_length: tokens that fit; needed by attention layers without a window.
+
+    Returns:
+      One cache a layer of the pattern, its leaves stacked over the repetitions.
+    """
+    c = self.config
+    repeats = c.num_layers // len(c.pattern)
+
+    def stack(x):
+      return jnp.repeat(x[None], repeats, axis=0)
+
+    caches = (make_mixer(c, layer).init_cache(batch_size, max_length) for layer in c.pattern)
+    return tuple(jax.tree.map(stack, cache) for cache in caches)
+
+  def _trunk(self, tokens, segment_ids, cache):
+    dtype = jnp.dtype(self.config.dtype)
+    x_BTD = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+    x_BTD, cache = self.blocks(x_BTD, segment_ids, cache)
+    return self.final_norm(x_BTD), cache
+
+  def _logits(self, x_BTD):
+    kernel_DS = self.embedding.T if self.config.tie_embeddings else self.head
+    # Cast here, not before: the loss adds up the kernel's gradient over its chunks in float32.
+    return jnp.dot(
+      x_BTD, kernel_DS.astype(x_BTD.dtype), preferred_element_type=at_least_float32(x_BTD.dtype)
+    )
+
+
+def count_parameters(config: ModelConfig) -> int:
+  """Number of parameters of a model, found without making any."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,31 @@
+"""Rematerialisation by name: what a layer keeps for its backward pass.
+
+    none    everything
+    full    nothing but the layer's input: least memory, one more forward pass
+    dots    the results of matrix products with weights; norms, gates and activations are repeated
+    names   what layers and kernels mark by `checkpoint_name`: the mixers' outputs and the states
+            between chunks, so that the recurrence is not run again
+"""
+
+import jax
+
+SAVED_NAMES = ('mixer_output', 'residual_output', 'residual_states')
+
+_POLICIES = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'names': jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+}
+
+
+def policy(name: str):
+  """The policy for `jax.checkpoint`; None for 'none': no rematerialisation.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if name == 'none':
+    return None
+  if name not in _POLICIES:
+    raise ValueError(f'remat is {name!r}; expected one of {["none", *_POLICIES]}')
+  return _POLICIES[name]
