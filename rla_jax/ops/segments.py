@@ -31,12 +31,12 @@ def isolate(
   """
   segments_BT = inputs.segments
   bad_BT = _not_finite(inputs)
-  index_T = jnp.arange(segments_BT.shape[1])
   never = segments_BT.shape[1]
+  index_BT = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
   # First bad token of each document, spread over the whole document.
-  first_BT = _segment_min(jnp.where(bad_BT, index_T, never), segments_BT)
+  first_BT = _segment_min(jnp.where(bad_BT, index_BT, never), segments_BT)
   broken_BT = first_BT < never
-  poisoned_BT = index_T >= first_BT
+  poisoned_BT = index_BT >= first_BT
 
   def shield_tokens(x):
     return None if x is None else _shield(x, bad_BT, broken_BT)
