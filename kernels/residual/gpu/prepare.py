@@ -1,0 +1,114 @@
+"""Kernel A, parallel over chunks: all that depends neither on values nor on states.
+
+Decays, score matrix Mi, prediction matrix Px and the inverses of recurrence equations (6) to (8),
+formed in float32 and stored in the dtype of the products that use them.
+"""
+
+import triton
+import triton.language as tl
+
+from rla_jax.kernels.residual.gpu.tiles import (
+  BETA,
+  DECAY_IN,
+  DECAY_IN_BEFORE,
+  DECAY_OUT,
+  GAMMA,
+  GATES,
+  SELF,
+  chunk_decays,
+  decay_between,
+  unit_lower_inverse,
+)
+
+ROWS = tl.constexpr(GATES)
+
+
+def matrices(*, delta: bool, residual: bool) -> int:
+  """Matrices a chunk: scores, then inverse, prediction, residual inverse where there are such."""
+  return 1 + delta + residual + (delta and residual)
+
+
+@triton.jit
+def prepare_kernel(
+  q_ptr,
+  k_ptr,
+  log_decay_ptr,
+  beta_ptr,
+  gamma_ptr,
+  segments_ptr,
+  T,
+  first_chunk,
+  matrices_ptr,
+  gates_ptr,
+  H: tl.constexpr,
+  G: tl.constexpr,
+  K: tl.constexpr,
+  C: tl.constexpr,
+  BLOCK_K: tl.constexpr,
+  DELTA: tl.constexpr,
+  RESIDUAL: tl.constexpr,
+  SEGMENTED: tl.constexpr,
+  ADJOINT: tl.constexpr,
+  PRECISION: tl.constexpr,
+):
+  """One chunk of one head. Grid (chunks, B * H).
+
+  ADJOINT picks the side on which a gate stands. Forward: F = (I + A diag(b))^-1 rhs, so that
+  F = U / b exists where b is zero. Backward: dy = (I + diag(b) A)^-T dU, for the same reason.
+  """
+  n = tl.program_id(0)
+  batch = tl.program_id(1) // H
+  head = tl.program_id(1) % H
+  start = (first_chunk + n) * C
+  chunk = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + n
+
+  i = tl.arange(0, C)
+  columns = tl.arange(0, BLOCK_K)
+  tokens = start + i
+  row = batch.to(tl.int64) * T
+  offsets = ((row + tokens) * G + head // (H // G))[:, None] * K + columns[None, :]
+  seen = (tokens < T)[:, None] & (columns < K)[None, :]
+  k = tl.load(k_ptr + offsets, mask=seen, other=0.0)
+  q = tl.load(q_ptr + offsets, mask=seen, other=0.0)
+  beta = tl.load(beta_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0)
+  cumulative, before, era, era_before, _ = chunk_decays(
+    log_decay_ptr, segments_ptr, batch, head, start, T, H, C, SEGMENTED
+  )
+
+  gates = gates_ptr + chunk * (ROWS * C) + i
+  last = tl.sum(tl.where(i == C - 1, cumulative, 0.0), 0)
+  last_era = tl.sum(tl.where(i == C - 1, era, 0), 0)
+  tl.store(gates + DECAY_IN * C, tl.exp2(tl.where(era == 0, cumulative, float('-inf'))))
+  tl.store(gates + DECAY_IN_BEFORE * C, tl.exp2(tl.where(era_before == 0, before, float('-inf'))))
+  tl.store(
+    gates + DECAY_OUT * C, tl.exp2(tl.where(era == last_era, last - cumulative, float('-inf')))
+  )
+  tl.store(gates + BETA * C, beta)
+
+  dtype = matrices_ptr.dtype.element_ty
+  COUNT: tl.constexpr = 1 + DELTA + RESIDUAL + (DELTA and RESIDUAL)
+  out = matrices_ptr + chunk * (COUNT * C * C) + i[:, None] * C + i[None, :]
+  L = decay_between(cumulative, era, cumulative, era, True, C)
+  k_t = tl.trans(k)
+  scores = (tl.dot(q, k_t, input_precision=PRECISION) * L).to(dtype)
+  tl.store(out, scores)
+  is_diagonal = i[:, None] == i[None, :]
+  tl.store(gates + SELF * C, tl.sum(tl.where(is_diagonal, scores.to(tl.float32), 0.0), 1))
+
+  if DELTA or RESIDUAL:
+    gram = tl.dot(k, k_t, input_precision=PRECISION)
+  if DELTA:
+    A = tl.where(is_diagonal, 0.0, L * gram)
+    N = beta[:, None] * A if ADJOINT else A * beta[None, :]
+    inverse = unit_lower_inverse(N, C, 'tf32x3')
+    tl.store(out + C * C, inverse.to(dtype))
+  if RESIDUAL:
+    gamma = tl.load(gamma_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0)
+    tl.store(gates + GAMMA * C, gamma)
+    prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
+    if DELTA:
+      through = inverse if ADJOINT else beta[:, None] * inverse
+      prediction = tl.dot(prediction, through, input_precision='tf32x3')
+      N = gamma[:, None] * A if ADJOINT else A * gamma[None, :]
+      tl.store(out + 3 * C * C, unit_lower_inverse(N, C, 'tf32x3').to(dtype))
+    tl.store(out + (1 + DELTA) * C * C, prediction.to(dtype))

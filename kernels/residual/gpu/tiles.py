@@ -1,0 +1,100 @@
+"""Device functions that the kernels share: decays inside a chunk, and the inverse of a triangle."""
+
+import triton
+import triton.language as tl
+
+# Rows of the per-chunk gate array [B, H, N, GATES, C] that `prepare` writes.
+DECAY_IN = tl.constexpr(0)  # E: decay from the chunk's start through token i
+DECAY_IN_BEFORE = tl.constexpr(1)  # Ex: the same without token i's own decay
+DECAY_OUT = tl.constexpr(2)  # decay after token i to the chunk's end
+BETA = tl.constexpr(3)
+GAMMA = tl.constexpr(4)
+SELF = tl.constexpr(5)  # q_i . k_i, rounded as the score matrix is
+GATES = 6
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# exp(-64) is 1e-28: a decay below counts as a full reset, so that cumulative sums stay finite.
+RESET = tl.constexpr(-64.0)
+
+
+@triton.jit
+def chunk_decays(
+  log_decay_ptr,
+  segments_ptr,
+  batch,
+  head,
+  start,
+  T,
+  H: tl.constexpr,
+  C: tl.constexpr,
+  SEGMENTED: tl.constexpr,
+):
+  """Cumulative log2 decays of a chunk that starts at token `start`.
+
+  Returns (G, Gx, era, erax, is_reset): the sum through token i and before it, and the number of
+  resets, by a decay of zero or by a new segment, that the state and the prediction have seen.
+  Two tokens see each other only in the same era.
+  """
+  tokens = start + tl.arange(0, C)
+  row = batch.to(tl.int64) * T
+  log_decay = tl.load(
+    log_decay_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0
+  )
+  is_reset = log_decay < RESET
+  log_decay = tl.where(is_reset, 0.0, log_decay) * LOG2_E
+  G = tl.cumsum(log_decay, 0)
+  resets = is_reset.to(tl.int32)
+  if SEGMENTED:
+    segment = tl.load(segments_ptr + row + tl.minimum(tokens, T - 1))
+    before = tl.load(segments_ptr + row + tl.maximum(tl.minimum(tokens, T) - 1, 0))
+    is_new = (segment != before).to(tl.int32)
+    resets = resets * (1 - is_new)
+    era = tl.cumsum(resets + is_new, 0)
+  else:
+    era = tl.cumsum(resets, 0)
+  return G, G - log_decay, era, era - resets, is_reset
+
+
+@triton.jit
+def decay_between(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl.constexpr):
+  """exp(G_i - G_j) for i >= j (or i > j) of one era, else 0: the matrices L and Lx."""
+  i = tl.arange(0, C)
+  seen = i[:, None] >= i[None, :] if INCLUSIVE else i[:, None] > i[None, :]
+  seen = seen & (era_to[:, None] == era_from[None, :])
+  return tl.exp2(tl.where(seen, G_to[:, None] - G_from[None, :], float('-inf')))
+
+
+@triton.jit
+def unit_lower_inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
+  """(I + N)^-1 of a strictly lower triangular N [C, C], by doubling the blocks.
+
+  Powers of N over a whole chunk overflow for correlated keys; merging exact inverses of the
+  diagonal blocks does not: [[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']].
+  """
+  # Blocks of 16 as one batched product: a batch entry a warp.
+  BLOCKS: tl.constexpr = C // 16
+  block = tl.arange(0, BLOCKS)
+  diagonal = (block[:, None] == block[None, :]).to(tl.float32)
+  tiles = tl.permute(tl.reshape(N, (BLOCKS, 16, BLOCKS, 16)), (0, 2, 1, 3))
+  tiles = tl.sum(tiles * diagonal[:, :, None, None], 1)
+  i = tl.arange(0, 16)[:, None]
+  j = tl.arange(0, 16)[None, :]
+  X = tl.where(i == j, 1.0, 0.0)[None] - tl.where(i // 2 == j // 2, tiles, 0.0)
+  for level in tl.static_range(1, 4):
+    half = 2**level
+    below = tl.where((i // (2 * half) == j // (2 * half)) & (i // half != j // half), tiles, 0.0)
+    step = tl.dot(X, below, input_precision=PRECISION)
+    X -= tl.dot(step, X, input_precision=PRECISION)
+  X = tl.reshape(X, (BLOCKS, 1, 16, 16)) * diagonal[:, :, None, None]
+  X = tl.reshape(tl.permute(X, (0, 2, 1, 3)), (C, C))
+  i = tl.arange(0, C)[:, None]
+  j = tl.arange(0, C)[None, :]
+  if C >= 32:
+    below = tl.where((i // 32 == j // 32) & (i // 16 != j // 16), N, 0.0)
+    step = tl.dot(X, below, input_precision=PRECISION)
+    X -= tl.dot(step, X, input_precision=PRECISION)
+  if C >= 64:
+    below = tl.where((i // 64 == j // 64) & (i // 32 != j // 32), N, 0.0)
+    step = tl.dot(X, below, input_precision=PRECISION)
+    X -= tl.dot(step, X, input_precision=PRECISION)
+  return X
