@@ -1,0 +1,177 @@
+"""Forward pass: both states carried through the chunks of a sequence, in on-chip memory.
+
+Equation numbers are those of the chunk form: with E = exp(G), Ex = exp(Gx), both from the scalars
+of tokens.py, T_b and T_g from inverse.py (the identity for the additive update),
+
+    X = K S,  Y = K R
+    F_b = T_b (V - E X),  U = b F_b              P = Ex X + Px U,  r = clip(V - P)
+    F_g = T_g (r - E Y),  W = g F_g              O = e_s (Q S) + e_r (Q R) + Ms U + Mr W
+    S' = exp(G_C) S + K^T (lam U),               R' = exp(G_C) R + K^T (lam W)
+
+Precision: float32 inputs multiply at full float32 precision throughout. bfloat16 inputs multiply in
+one bf16 pass; the states, the scalars, the residual, all sums and every elementwise operation are
+float32, and a state is rounded only as an operand. F is rounded before it becomes U or W, so that
+the backward pass, which reads it back, meets the same clip mask.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from rla_jax.kernels.residual.tpu import blocks, tiles, tokens
+from rla_jax.kernels.residual.tpu.blocks import Plan, Rule
+from rla_jax.kernels.residual.tpu.tiles import NT, TN, dot, iota
+
+
+def forward(
+  plan: Plan, q_BTF, k_BTF, v_BTF, rows_BHNRC, inverse, base_BHKV, residual_BHKV, *, save: bool
+):
+  """Runs the forward kernel: a dict of `o`, `base`, `residual` and, with `save`, what it saved."""
+  rule, like = plan.rule, (q_BTF, k_BTF, v_BTF, rows_BHNRC, base_BHKV)
+  spec, out = plan.specs(), {}
+  batch, heads, n_chunks = rows_BHNRC.shape[:3]
+  dtype, state = q_BTF.dtype, (batch, heads, plan.key_dim, plan.value_dim)
+  states = (batch, heads, n_chunks, plan.key_dim, plan.value_dim)
+  outputs = {
+    'o': (True, 'value', v_BTF.shape, v_BTF.dtype),
+    'base': (True, 'state', state, jnp.float32),
+    'residual': (rule.residual, 'state', state, jnp.float32),
+    'bases': (save, 'states', states, dtype),
+    'residuals': (save and rule.residual, 'states', states, dtype),
+    'f_base': (save and rule.delta, 'value', v_BTF.shape, dtype),
+    'f_residual': (save and rule.delta and rule.residual, 'value', v_BTF.shape, dtype),
+  }
+  outputs = {name: row[1:] for name, row in outputs.items() if row[0]}
+  inputs = [(q_BTF, 'key'), (k_BTF, 'key'), (v_BTF, 'value'), (rows_BHNRC, 'rows')]
+  inputs += [(inverse, 'inverse'), (base_BHKV, 'state'), (residual_BHKV, 'state')]
+  inputs = [(x, kind) for x, kind in inputs if x is not None]
+  out = pl.pallas_call(
+    functools.partial(forward_kernel, plan=plan, save=save),
+    grid=plan.grid(v_BTF),
+    in_specs=[spec[kind] for _, kind in inputs],
+    out_specs=[spec[kind] for kind, _, _ in outputs.values()],
+    out_shape=[blocks.struct(shape, dtype, *like) for _, shape, dtype in outputs.values()],
+    name='residual_forward',
+    **plan.params(sequential=True),
+  )(*(x for x, _ in inputs))
+  return dict(zip(outputs, out))
+
+
+def forward_kernel(*refs, plan: Plan, save: bool):
+  """One grid step. References in order, those that a rule does not need being absent:
+
+  in   q, k [1, c C, keys K]; v [1, c C, h V]; rows [1, h, c, R, C]; inverse [1, h, c, C, 2 C];
+       base, residual [1, h, K, V]
+  out  o [1, c C, h V]; base, residual [1, h, K, V]
+  saved for the backward pass: base, residual at every chunk's start [1, h, c, K, V]; F_b, F_g as v.
+  """
+  rule, it = plan.rule, iter(refs)
+  take = lambda present=True: next(it) if present else None
+  ins = dict(q=take(), k=take(), v=take(), rows=take(), inverse=take(rule.delta))
+  first_base, first_residual = take(), take(rule.residual)
+  outs = dict(o=take(), base=take(), residual=take(rule.residual))
+  outs |= dict(bases=take(save), residuals=take(save and rule.residual))
+  outs |= dict(f_base=take(save and rule.delta), f_residual=take(save and rule.delta and rule.residual))
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    outs['base'][...] = first_base[...]
+    if rule.residual:
+      outs['residual'][...] = first_residual[...]
+
+  def body(n, _):
+    tiles.interleave(_chunk(ins, outs, n, h, plan) for h in range(plan.heads))
+    return 0
+
+  jax.lax.fori_loop(0, plan.chunks, body, 0)
+
+
+def _chunk(ins, outs, n, h, plan):
+  """One chunk of one head; a generator that yields between dependent products."""
+  rule, chunk, at = plan.rule, plan.chunk, plan.tokens_of(n)
+  q, k = ins['q'][0, at, plan.keys_of(h)], ins['k'][0, at, plan.keys_of(h)]
+  v = ins['v'][0, at, plan.values_of(h)].astype(jnp.float32)
+  c = tiles.Columns(ins['rows'][0, h, n])
+  dtype = q.dtype
+  kq = jnp.concatenate([k, q])
+  b, from_start = c[tokens.BETA], c[tokens.FROM_START]
+  e = c[tokens.DECAY] * from_start
+
+  base = outs['base'][0, h]
+  base_low = base.astype(dtype)
+  if outs['bases'] is not None:
+    outs['bases'][0, h, n] = base_low
+  kq_base = dot(kq, base_low, dtype=dtype)
+  k_base, q_base = kq_base[:chunk], kq_base[chunk:]
+  gram = dot(kq, jnp.concatenate([k, k]), NT, dtype=dtype)
+  if rule.residual:
+    residual = outs['residual'][0, h]
+    residual_low = residual.astype(dtype)
+    if outs['residuals'] is not None:
+      outs['residuals'][0, h, n] = residual_low
+    kq_residual = dot(kq, residual_low, dtype=dtype)
+    k_residual, q_residual = kq_residual[:chunk], kq_residual[chunk:]
+  yield
+
+  decay = tiles.decay_pair(c, chunk)
+  scores, read_base, read_residual = read_out(c, decay, gram[chunk:], rule)
+  o = read_base * q_base
+
+  if rule.delta:
+    inverse = ins['inverse'][0, h, n]
+    f_base = dot(inverse[:, :chunk], v - e * k_base, dtype=dtype).astype(dtype)
+    if outs['f_base'] is not None:
+      outs['f_base'][0, at, plan.values_of(h)] = f_base
+    yield
+    u = b * f_base.astype(jnp.float32)
+  else:
+    u = b * v
+  to_end = c[tokens.TO_END]
+  keep = c.whole_chunk()
+  writes = dot(k, to_end * u, TN, dtype=dtype)
+  outs['base'][0, h] = jnp.where(keep > 0, keep * base, 0.0) + writes
+  if not rule.residual:
+    outs['o'][0, at, plan.values_of(h)] = (
+      o + dot(scores[:, :chunk], u, dtype=dtype)
+    ).astype(outs['o'].dtype)
+    return
+
+  u = u.astype(dtype)
+  p = from_start * k_base + dot((decay * gram[:chunk])[:, :chunk], u, dtype=dtype)
+  yield
+  r = v - p if rule.clip is None else jnp.clip(v - p, -rule.clip, rule.clip)
+  g = c[tokens.GAMMA]
+  if rule.delta:
+    f_residual = dot(inverse[:, chunk:], r - e * k_residual, dtype=dtype).astype(dtype)
+    if outs['f_residual'] is not None:
+      outs['f_residual'][0, at, plan.values_of(h)] = f_residual
+    yield
+    w = g * f_residual.astype(jnp.float32)
+  else:
+    w = g * r
+  writes = dot(k, to_end * w, TN, dtype=dtype)
+  outs['residual'][0, h] = jnp.where(keep > 0, keep * residual, 0.0) + writes
+  o = o + read_residual * q_residual
+  o = o + dot(scores, jnp.concatenate([u, w.astype(dtype)]), dtype=dtype)
+  outs['o'][0, at, plan.values_of(h)] = o.astype(outs['o'].dtype)
+
+
+def read_out(c: tiles.Columns, decay, gram, rule: Rule):
+  """Equation 9: (scores [Ms | Mr] [C, 2C], row scale of Q S, row scale of Q R).
+
+  Gated: Ms = strict(L * QK), Mr = g * lower(L * QK), scales E and g * E. Sum: Ms = strict(Lx * QK),
+  Mr = lower(L * QK), scales Ex and E. Without a residual: lower(L * QK) in both halves, and E.
+  """
+  chunk = decay.shape[0]
+  lane = iota(decay.shape, 1)
+  is_diagonal = iota(decay.shape, 0) == lane % chunk
+  a, from_start = c[tokens.DECAY], c[tokens.FROM_START]
+  if not rule.residual:
+    return jnp.where(is_diagonal, 1.0, a * decay) * gram, a * from_start, None
+  s = a if rule.gated else jnp.ones_like(a)
+  g = c[tokens.GAMMA] if rule.gated else jnp.ones_like(a)
+  lower = jnp.where(lane < chunk, s, g * a) * decay
+  weight = jnp.where(is_diagonal & (lane >= chunk), g, lower)
+  return weight * gram, s * from_start, g * a * from_start
