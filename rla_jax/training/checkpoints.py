@@ -1,0 +1,193 @@
+"""Checkpoints that are verified when they are read: Orbax writes them, checksums go with them.
+
+A step's folder holds the parameters, the rest of the training state, and a record with the data's
+fingerprint and the checksum of every array. A restore takes the newest step that verifies; newer
+ones that did not are moved to `damaged/`, never deleted.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from rla_jax.training.checksums import describe, named_leaves
+from rla_jax.training.errors import CheckpointError
+from rla_jax.training.state import TrainState
+
+_ITEMS = ('params', 'progress', 'record')
+
+
+class Checkpoints:
+  """The checkpoints of a working directory; a context manager that waits for pending saves."""
+
+  def __init__(
+    self,
+    root: pathlib.Path,
+    config: ConfigDict | None = None,
+    say: Callable[[str], None] = print,
+  ):
+    """Opens `root/checkpoints`.
+
+    Args:
+      root: the working directory, absolute.
+      config: says how many are kept; None: to restore only, changing nothing.
+      say: takes a line about a checkpoint that is damaged.
+    """
+    self._root, self._say, self._read_only = root, say, config is None
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if config is None else config.keep_checkpoints,
+      keep_period=None if config is None else config.keep_every,
+      step_format_fixed_length=8,
+      create=config is not None,
+      read_only=config is None,
+    )
+    self._manager = ocp.CheckpointManager(root / 'checkpoints', options=options, item_names=_ITEMS)
+
+  def save(self, step: int, state: TrainState, fingerprint: dict) -> None:
+    """Starts to save; the arrays may be donated as soon as this returns.
+
+    Args:
+      step: steps that the state has behind it.
+      state: the training state.
+      fingerprint: the data pipeline's; JSON-serialisable.
+
+    Raises:
+      CheckpointError: this or the save before it failed.
+    """
+    trees = {'params': state.params, 'progress': state.progress}
+    arrays = {item: describe(tree) for item, tree in trees.items()}
+    record = {'step': step, 'data': fingerprint, 'arrays': arrays}
+    record['sha256'] = _sha256(record)
+    items = ocp.args.Composite(
+      **{item: ocp.args.StandardSave(tree) for item, tree in trees.items()},
+      record=ocp.args.JsonSave(record),
+    )
+    try:
+      saved = self._manager.save(step, args=items, force=True)
+    except Exception as error:
+      raise CheckpointError(f'the checkpoint of step {step} was not saved: {error}') from error
+    if not saved:
+      raise CheckpointError(f'the checkpoint of step {step} was not saved: Orbax declined it')
+
+  def restore(self, **targets) -> tuple[int, dict, dict] | None:
+    """Restores the newest checkpoint that verifies.
+
+    Args:
+      **targets: `params` and `progress`, or one of them: trees of ShapeDtypeStruct with shardings.
+
+    Returns:
+      Its step, {item: tree of arrays}, and the data's fingerprint; None if there is no checkpoint.
+
+    Raises:
+      CheckpointError: it holds other arrays than the targets, or there are checkpoints but none
+        verifies.
+    """
+    damaged = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        restored = self._read(step, targets)
+      except CheckpointError:
+        raise
+      except Exception as error:  # Damage takes many forms, deep inside Orbax and TensorStore.
+        damaged.append(step)
+        self._say(f'checkpoint {step} is damaged, trying an older one: {_one_line(error)}')
+      else:
+        self._set_aside(damaged)
+        return restored
+    if damaged:
+      raise CheckpointError(
+        f'no checkpoint in {self._root}/checkpoints verifies (tried steps {damaged}); '
+        'move the folder away to start anew'
+      )
+    return None
+
+  def steps(self) -> list[int]:
+    """Steps that have a checkpoint, verified or not, in order."""
+    return sorted(self._manager.all_steps())
+
+  def check(self) -> None:
+    """Raises what went wrong in the background since the last call.
+
+    Raises:
+      CheckpointError: a save failed.
+    """
+    try:
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise CheckpointError(f'a checkpoint was not saved: {_one_line(error)}') from error
+
+  def wait(self) -> None:
+    """Waits until what has been saved is on disk.
+
+    Raises:
+      CheckpointError: a save failed.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise CheckpointError(f'a checkpoint was not saved: {_one_line(error)}') from error
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    try:
+      self.wait()
+    except CheckpointError:
+      if error is None:  # An error on its way says more than its consequences.
+        raise
+    finally:
+      self._manager.close()
+
+  def _read(self, step, targets):
+    record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+    record = record['record']
+    sha256 = record.pop('sha256')
+    if sha256 != _sha256(record) or record['step'] != step:
+      raise ValueError('its record does not verify')
+    for item, target in targets.items():
+      _check_target(step, record['arrays'][item], target)
+    items = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    trees = {item: restored[item] for item in targets}
+    for item, tree in trees.items():
+      expected = record['arrays'][item]
+      wrong = [path for path, found in describe(tree).items() if found != expected[path]]
+      if wrong:
+        raise ValueError(f'the checksum of {item}/{wrong[0]} does not verify ({len(wrong)} arrays)')
+    return step, trees, record['data']
+
+  def _set_aside(self, steps):
+    if not steps or self._read_only or jax.process_index() != 0:
+      return
+    for step in steps:
+      (folder,) = (p for p in (self._root / 'checkpoints').iterdir() if p.name == f'{step:08d}')
+      target = self._root / 'damaged' / folder.name
+      target.parent.mkdir(exist_ok=True)
+      number = sum(p.name.startswith(folder.name) for p in target.parent.iterdir())
+      folder.rename(target.with_name(f'{folder.name}.{number}'))
+    self._manager.reload()
+
+
+def _check_target(step: int, saved: dict[str, list], target) -> None:
+  """Refuses other arrays than those asked for: Orbax would cast some of them silently."""
+  wanted = {path: [str(x.dtype), list(x.shape)] for path, x in named_leaves(target)}
+  for path in {**saved, **wanted}:
+    there = saved[path][:2] if path in saved else 'absent'
+    if there != wanted.get(path, 'absent'):
+      raise CheckpointError(
+        f'checkpoint {step} does not fit the model: {path} is {there} there, '
+        f'{wanted.get(path, "absent")} in the model'
+      )
+
+
+def _sha256(record: dict) -> str:
+  return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'

@@ -1,0 +1,106 @@
+"""What the programs in `experiments/` share: flags, the config flag, errors as one line."""
+
+import difflib
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from rla_jax.data import DataError
+from rla_jax.training.config import get_config, leaves
+from rla_jax.training.errors import TrainingError
+
+USAGE = 2  # Exit status of a wrong command line or config.
+FAILED = 1  # Exit status of a run that ended with an error.
+
+
+def define_config(help: str = 'Config file, a Python file with get_config().'):
+  """Defines `--config=FILE` and `--config.KEY=VALUE`; returns the flag's holder."""
+  return config_flags.DEFINE_config_file('config', None, help, lock_config=True)
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+  """Parses the flags, calls main and exits with the status it returns.
+
+  Errors that a user can act on (`TrainingError`, `DataError`, those of files, of flags and of the
+  config) end the program with one line on stderr; anything else keeps its traceback.
+  """
+  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def unknown_key(path: str, config: ConfigDict) -> str:
+  """Says that a config has no such key, and which one was probably meant.
+
+  Args:
+    path: dotted path of the key, as in `data.seq_len`.
+    config: a config with all its keys.
+  """
+  known = list(leaves(config))
+  name = path.rpartition('.')[2]
+  near = [key for key in known if key.rpartition('.')[2] == name]
+  near = near or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+  if not near:
+    by_name = {key.rpartition('.')[2]: key for key in known}
+    near = [by_name[n] for n in difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)]
+  hint = f'did you mean {near[0]!r}?' if near else f'the keys are: {", ".join(known)}'
+  return f'unknown config key {path!r}; {hint}'
+
+
+def _parse(argv):
+  try:
+    rest = flags.FLAGS(argv)
+    if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
+      flags.FLAGS.config.to_dict()  # Loading is lazy: a missing file shows only here.
+  except flags.Error as error:
+    _fail(f'{_last_line(str(error))} (--help lists the flags)', USAGE)
+  except Exception as error:
+    _fail(_explain(error, argv), USAGE)
+  if len(rest) > 1:
+    _fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', USAGE)
+  return rest
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+  """One line on what went wrong while the config file was read or overridden."""
+  file = next((a.partition('=')[2] for a in argv if re.match('--?config=', a)), '')
+  file = file.partition(':')[0]
+  frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
+  missing = re.search(r'Key "(\w+)" does not exist', str(error))
+  if file and frames:
+    where = f'{file}:{frames[-1].lineno}: '
+    if missing:
+      return where + unknown_key(missing[1], get_config())
+    return f'{where}{type(error).__name__}: {_last_line(str(error))}'
+  if isinstance(error, (AttributeError, KeyError)):
+    config = runpy.run_path(file)['get_config']()
+    known = list(leaves(config))
+    for path in (m[1] for a in argv if (m := re.match(r'--?(?:no)?config\.([\w.]+)', a))):
+      if path not in known:
+        return unknown_key(path, config)
+  return _last_line(str(error))
+
+
+def _guarded(main, argv) -> int:
+  try:
+    return main(argv) or 0
+  except (TrainingError, DataError, OSError) as error:
+    _fail(str(error), FAILED)
+  except KeyboardInterrupt:
+    _fail('interrupted', 130)
+
+
+def _last_line(text: str) -> str:
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  if 'Traceback' in text:
+    return lines[-1].removeprefix('TypeError: ').removeprefix('ValueError: ')
+  return ' '.join(lines) if lines else 'unknown error'
+
+
+def _fail(message: str, status: int) -> NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(status)

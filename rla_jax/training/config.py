@@ -1,0 +1,167 @@
+"""Every key of a training config, and its typed form.
+
+`get_config()` is the base that files in `configs/` start from. It is locked: an unknown key or a
+value of another type fails where it is written. The sections `model` and `data` have the fields of
+`ModelConfig` and `DataConfig`, which document them.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict, config_dict
+
+from rla_jax.data import DataConfig
+from rla_jax.models import ModelConfig
+from rla_jax.training.errors import ConfigError
+
+# Keys without effect on the trained parameters: they may change when a run is restarted.
+FREE_KEYS = frozenset({
+  'log_every', 'eval_every', 'eval_tokens', 'checkpoint_every', 'keep_checkpoints', 'keep_every',
+  'max_bad_steps', 'mesh.data', 'mesh.fsdp', 'mesh.seq', 'mesh.tensor', 'data.cache_dir',
+  'data.num_threads', 'data.prefetch_batches',
+})  # fmt: skip
+
+
+def get_config() -> ConfigDict:
+  """The base config: all keys, with the defaults of a small run."""
+  c = ConfigDict()
+  c.seed = 0  # of the initial parameters; the order of the data has data.seed
+  c.steps = 1000  # optimiser steps of the whole run
+  c.accumulate = 1  # parts that a batch is cut into, one after the other, to save memory
+
+  c.model = _section(ModelConfig)  # vocab_size None: that of the tokenizer, rounded up to 128s
+  c.data = _section(DataConfig)
+
+  c.optimizer = ConfigDict()  # AdamW; the rate rises linearly, then falls along a cosine
+  c.optimizer.learning_rate = 3e-4  # peak, reached after warmup_steps
+  c.optimizer.final_learning_rate = 3e-5  # at the last step
+  c.optimizer.warmup_steps = 100  # steps of the linear rise from 0
+  c.optimizer.beta1 = 0.9  # decay of the mean of gradients
+  c.optimizer.beta2 = 0.95  # decay of the mean of their squares
+  c.optimizer.eps = 1e-8  # added to the root of the latter
+  c.optimizer.weight_decay = 0.1  # a step takes learning_rate * weight_decay off each matrix
+  c.optimizer.clip_norm = 1.0  # largest global norm of the gradients
+
+  c.mesh = ConfigDict()  # devices along each axis; one of them may be -1: all that are left
+  c.mesh.data = -1  # copies of the model, each with rows of its own
+  c.mesh.fsdp = 1  # parts of each parameter; rows are split as well
+  c.mesh.seq = 1  # parts of the sequence
+  c.mesh.tensor = 1  # parts of heads and hidden units
+
+  c.log_every = 10  # steps between log lines and metrics of training
+  c.eval_every = 500  # steps between evaluations; the last step always has one
+  c.eval_tokens = config_dict.placeholder(int)  # held-out tokens of an evaluation; None: all
+  c.checkpoint_every = 500  # steps between checkpoints; the last step always has one
+  c.keep_checkpoints = 3  # newest checkpoints that are kept
+  c.keep_every = config_dict.placeholder(int)  # also keep those at multiples of this step
+  c.max_bad_steps = 10  # steps in a row with a loss or gradient that is not finite, then stop
+  c.lock()
+  c.model.layer_options.unlock()  # Its keys are layers' names; ModelConfig knows which there are.
+  return c
+
+
+def check(config: ConfigDict) -> DataConfig:
+  """Checks values and the combinations that need neither files nor devices.
+
+  Returns:
+    The section `data` as a record; `model_config` makes that of `model`.
+
+  Raises:
+    ConfigError: names the key, its value and what was expected.
+  """
+  for path, least in _LEAST.items():
+    value = _get(config, path)
+    if value is not None and value < least:
+      raise ConfigError(f'{path} is {value}, expected at least {least}')
+  for path in ('optimizer.learning_rate', 'optimizer.clip_norm', 'optimizer.eps'):
+    if not _get(config, path) > 0:
+      raise ConfigError(f'{path} is {_get(config, path)}, expected more than 0')
+  for path in ('optimizer.beta1', 'optimizer.beta2'):
+    if not 0 <= _get(config, path) < 1:
+      raise ConfigError(f'{path} is {_get(config, path)}, expected at least 0 and less than 1')
+  if config.optimizer.warmup_steps >= config.steps:
+    raise ConfigError(
+      f'optimizer.warmup_steps is {config.optimizer.warmup_steps}, '
+      f'expected less than steps, {config.steps}'
+    )
+  if config.data.batch_size % config.accumulate:
+    raise ConfigError(
+      f'accumulate is {config.accumulate}, which does not divide '
+      f'data.batch_size, {config.data.batch_size}'
+    )
+  _record(ModelConfig, config, 'model', vocab_size=config.model.vocab_size or 1)
+  return _record(DataConfig, config, 'data')
+
+
+def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
+  """The section `model` as a record.
+
+  Args:
+    config: the whole config.
+    vocab_size: of the tokenizer.
+
+  Raises:
+    ConfigError: the model's vocabulary is smaller than the tokenizer's.
+  """
+  size = config.model.vocab_size
+  if size is None:
+    size = -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+  if size < vocab_size:
+    raise ConfigError(
+      f'model.vocab_size is {size}, smaller than that of the tokenizer '
+      f'{config.data.tokenizer!r}, {vocab_size}'
+    )
+  return _record(ModelConfig, config, 'model', vocab_size=size)
+
+
+_LEAST = {
+  'steps': 1, 'accumulate': 1, 'optimizer.final_learning_rate': 0, 'optimizer.warmup_steps': 0,
+  'optimizer.weight_decay': 0, 'log_every': 1, 'eval_every': 1, 'eval_tokens': 1,
+  'checkpoint_every': 1, 'keep_checkpoints': 1, 'keep_every': 1, 'max_bad_steps': 0,
+}  # fmt: skip
+_VOCABULARY_MULTIPLE = 128  # Matrix units and tensor parallelism want round sizes.
+
+
+def leaves(config: ConfigDict, prefix: str = '') -> dict[str, object]:
+  """Values by the dotted path of their key, in the config's order."""
+  found = {}
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      found |= leaves(value, f'{prefix}{key}.')
+    else:
+      found[prefix + key] = value
+  return found
+
+
+def _section(record: type) -> ConfigDict:
+  """The fields of a dataclass and their defaults; those that may be None keep their type."""
+  section, hints = ConfigDict(), typing.get_type_hints(record)
+  for field in dataclasses.fields(record):
+    value = None if field.default is dataclasses.MISSING else field.default
+    if value is None:
+      value = config_dict.placeholder(_type(hints[field.name]))
+    elif isinstance(value, Mapping):
+      value = ConfigDict(dict(value))
+    section[field.name] = value
+  return section
+
+
+def _type(hint) -> type:
+  """The first type of `X | Y | None`."""
+  kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+  return kinds[0] if kinds else hint
+
+
+def _record(record: type, config: ConfigDict, section: str, **values):
+  try:
+    return record(**(config[section].to_dict() | values))
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f'{section}: {error}') from error
+
+
+def _get(config: ConfigDict, path: str):
+  for key in path.split('.'):
+    config = config[key]
+  return config

@@ -1,0 +1,88 @@
+"""Loss, perplexity and bits per byte on held-out text."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from rla_jax.data import EvaluationBatches
+from rla_jax.models import LanguageModel
+from rla_jax.sharding import batch_sharding
+from rla_jax.training.step import LossSums
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Sums over held-out documents: nats, targets, and the UTF-8 bytes that these stand for."""
+
+  nats: float
+  tokens: int
+  bytes: int
+
+  @property
+  def loss(self) -> float:
+    """Nats a token."""
+    return self.nats / self.tokens
+
+  @property
+  def perplexity(self) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(self.loss) if self.loss < 700 else math.inf
+
+  @property
+  def bits_per_byte(self) -> float:
+    """Bits a byte of text; unlike the loss it does not depend on the tokenizer."""
+    return self.nats / math.log(2) / self.bytes
+
+  def __str__(self):
+    return (
+      f'loss {self.loss:.4f}  perplexity {self.perplexity:.3f}  '
+      f'bits per byte {self.bits_per_byte:.4f}'
+    )
+
+
+def evaluate(
+  eval_step: Callable[[dict, dict], LossSums],
+  params,
+  batches: EvaluationBatches,
+  mesh: Mesh,
+  stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+  """Sums the loss over held-out documents.
+
+  Args:
+    eval_step: jitted; (params, batch) -> summed loss in nats, number of targets.
+    params: parameters of the model.
+    batches: from `data.evaluation_batches`.
+    mesh: where the batches go.
+    stop: asked before each batch.
+
+  Returns:
+    The sums, or None if asked to stop.
+  """
+  sums = []
+  for batch in batches:
+    if stop():
+      return None
+    sums.append(eval_step(params, to_devices(batch, mesh)))
+  nats = math.fsum(float(nll) for nll, _ in sums)
+  tokens = round(math.fsum(float(count) for _, count in sums))
+  if tokens != batches.num_tokens:
+    raise RuntimeError(f'{tokens} targets were evaluated, expected {batches.num_tokens}')
+  return Evaluation(nats, tokens, batches.num_bytes)
+
+
+def loss_sums(model: LanguageModel, params, batch: dict[str, jax.Array]) -> LossSums:
+  """Summed loss in nats over a batch's targets, and their number."""
+  return model.apply(
+    {'params': params}, batch['tokens'], batch['targets'], mask=batch['loss_mask'],
+    segment_ids=batch['segment_ids'], method='loss',
+  )  # fmt: skip
+
+
+def to_devices(batch: dict, mesh: Mesh) -> dict[str, jax.Array]:
+  """Puts this process's rows [B / processes, T] on its devices; together they are [B, T]."""
+  place = batch_sharding(mesh)
+  return {name: jax.make_array_from_process_local_data(place, x) for name, x in batch.items()}

@@ -1,0 +1,109 @@
+"""Metrics of a run: metrics.jsonl is the record; CSV and TensorBoard are made from it.
+
+A step has one record. A restart drops what came after the checkpoint, so no step is there twice,
+and a line that a crash cut short is dropped as well.
+"""
+
+import csv
+import json
+import math
+import os
+import pathlib
+import shutil
+
+from tensorboardX import SummaryWriter
+
+from rla_jax.training.errors import WorkdirError
+
+COLUMNS = (
+  'step', 'train/loss', 'train/learning_rate', 'train/grad_norm', 'train/tokens_per_second',
+  'train/bad_steps', 'eval/loss', 'eval/perplexity', 'eval/bits_per_byte',
+)  # fmt: skip
+
+
+class MetricsWriter:
+  """Writes records to a folder; to be closed, or used as a context manager."""
+
+  def __init__(self, folder: pathlib.Path, start_step: int):
+    """Opens the files, keeping the records of an earlier start up to start_step."""
+    self._path = folder / 'metrics.jsonl'
+    kept = [record for record in read(self._path) if record['step'] <= start_step]
+    self._pending: dict[str, float] = {}
+    if kept and kept[-1]['step'] == start_step:
+      self._pending = kept.pop()  # An evaluation of this step may still be to come.
+    partial = folder / 'metrics.jsonl.partial'
+    partial.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+    partial.replace(self._path)
+    shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
+    self._jsonl = self._path.open('a')
+    self._csv_file = (folder / 'metrics.csv').open('w', newline='')
+    self._csv = csv.DictWriter(self._csv_file, COLUMNS)
+    self._csv.writeheader()
+    self._tensorboard = SummaryWriter(str(folder / 'tensorboard'))
+    for record in kept:
+      self._show(record)
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Adds values to the record of a step; steps never decrease. What is not finite becomes null.
+
+    Raises:
+      ValueError: an unknown name, or a step that has been written.
+    """
+    unknown = set(values) - set(COLUMNS)
+    if unknown:
+      raise ValueError(f'metrics {sorted(unknown)} are no columns; expected some of {COLUMNS}')
+    last = self._pending.get('step', step)
+    if step < last:
+      raise ValueError(f'step is {step}, but {last} has been written')
+    if step > last:
+      self.flush()
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    self._pending = {'step': step, **self._pending, **finite}
+
+  def flush(self) -> None:
+    """Puts what has been written on disk."""
+    if self._pending:
+      self._jsonl.write(json.dumps(self._pending) + '\n')
+      self._show(self._pending)
+      self._pending = {}
+    self._jsonl.flush()
+    os.fsync(self._jsonl.fileno())
+    self._csv_file.flush()
+    self._tensorboard.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    self.flush()
+    self._jsonl.close()
+    self._csv_file.close()
+    self._tensorboard.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+  def _show(self, record):
+    self._csv.writerow(record)
+    for name, value in record.items():
+      if name != 'step' and value is not None:
+        self._tensorboard.add_scalar(name, value, record['step'])
+
+
+def read(path: str | os.PathLike) -> list[dict[str, float]]:
+  """The records of a metrics.jsonl, without a last line that is incomplete; none without a file.
+
+  Raises:
+    WorkdirError: another line is damaged.
+  """
+  path = pathlib.Path(path)
+  lines = path.read_text().splitlines() if path.exists() else []
+  records = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      records.append(json.loads(line))
+    except ValueError as error:
+      if number < len(lines):
+        raise WorkdirError(f'{path}:{number} is damaged: {error}') from error
+  return records

@@ -1,0 +1,66 @@
+"""What a run says while it trains: one line a logged step, a bar on a terminal."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+  """Log lines and a progress bar on stderr, and the clock behind tokens/s.
+
+  The clock stops in `pause`, so that evaluations, checkpoints and compilation do not count.
+  """
+
+  def __init__(self, steps: int):
+    """For a run of so many steps."""
+    self._steps = steps
+    self._bar = tqdm(total=steps, unit='step', disable=None, dynamic_ncols=True)
+    self._clock: float | None = None
+    self._tokens, self._counted, self._seconds = 0, 0, 0.0
+    self._step = 0
+
+  def say(self, text: str) -> None:
+    """Prints lines above the bar."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+  def count(self, step: int, tokens: int) -> None:
+    """Notes that a step has finished, with so many tokens."""
+    now = time.perf_counter()
+    if self._clock is not None:
+      self._seconds += now - self._clock
+      self._tokens += tokens
+      self._counted += 1
+    self._clock = now
+    self._step = step
+    self._bar.update(step - self._bar.n)
+
+  def pause(self) -> None:
+    """Stops the clock until the next step has finished."""
+    self._clock = None
+
+  def rate(self) -> tuple[float, float]:
+    """Tokens a second since the last call, and the seconds that the rest of the run will take."""
+    if not self._seconds:
+      return 0.0, 0.0
+    speed = self._tokens / self._seconds
+    left = (self._steps - self._step) * self._seconds / self._counted
+    self._tokens, self._counted, self._seconds = 0, 0, 0.0
+    return speed, left
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._bar.close()
+
+
+def duration(seconds: float) -> str:
+  """Seconds as people write them: 42s, 3m07s, 5h02m."""
+  seconds = round(seconds)
+  if seconds < 60:
+    return f'{seconds}s'
+  if seconds < 3600:
+    return f'{seconds // 60}m{seconds % 60:02d}s'
+  return f'{seconds // 3600}h{seconds % 3600 // 60:02d}m'
