@@ -10,6 +10,10 @@ from rla_jax.data.config import DataConfig
 from rla_jax.data.corpus import Corpus, TokenSet
 from rla_jax.data.packing import Packing, pack
 
+# Rows of a training run, beyond any: a million a second for 140 years. Grain's own endless repeat
+# overflows when it is batched by one, since the length of a batched dataset passes through a float.
+_ENDLESS_ROWS = 2**52
+
 
 class Batch(TypedDict):
   """This process's rows of one step, B / process_count of them."""
@@ -66,7 +70,8 @@ def shuffled_rows(num_rows: int, seed: int) -> grain.MapDataset:
   """Row numbers: epoch after epoch, without end, each in its own order."""
   # Grain's epoch e uses seed + e; hashing keeps neighbouring seeds from sharing epochs.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  return grain.MapDataset.range(num_rows).shuffle(seed=shuffle_seed).repeat()
+  num_epochs = max(1, _ENDLESS_ROWS // num_rows)
+  return grain.MapDataset.range(num_rows).shuffle(seed=shuffle_seed).repeat(num_epochs)
 
 
 class EvaluationBatches:

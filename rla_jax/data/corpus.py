@@ -14,7 +14,7 @@ from rla_jax.data.sources import DataError, Document, SourceFile
 from rla_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TokenSet:
   """Some documents of a flat token array.
 
@@ -45,6 +45,13 @@ class TokenSet:
     """UTF-8 bytes of the texts, the denominator of bits per byte."""
     return int(self.document_bytes.sum())
 
+  def __repr__(self) -> str:
+    """Sizes, not arrays."""
+    return (
+      f'TokenSet({self.num_documents:,} documents, {self.num_tokens:,} tokens, '
+      f'{self.num_bytes:,} bytes)'
+    )
+
   def select(self, index: np.ndarray) -> 'TokenSet':
     """The documents of a mask or of indices [n], in their order."""
     return TokenSet(
@@ -52,7 +59,7 @@ class TokenSet:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
   """Tokenised documents, split.
 
@@ -70,6 +77,13 @@ class Corpus:
   files: tuple[SourceFile, ...]
   sha256: str
 
+  def __repr__(self) -> str:
+    """Sizes, not arrays."""
+    return (
+      f'Corpus(train={self.train}, validation={self.validation}, '
+      f'tokenizer={self.tokenizer.name}, {len(self.files):,} files)'
+    )
+
   @classmethod
   def load(cls, config: DataConfig) -> 'Corpus':
     """Reads, tokenises and splits what the config names, or takes it from its cache_dir.
@@ -85,7 +99,7 @@ class Corpus:
     everything = _token_set(tokenised)
     if config.validation_path is None:
       validation = everything
-      train_index, validation_index = _split_one(tokenised.digests, config)
+      train_index, validation_index = _split_one(tokenised.digests, tokenised.held_out, config)
       sha256 = tokenised.sha256
     else:
       validation_files = sources.hash_files(sources.find_files(config.validation_path))
@@ -112,7 +126,8 @@ def load_documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
   documents = _documents(sources.find_files(config.path), config, config.validation_path is None)
   if config.validation_path is None:
     validation = documents
-    train_index, validation_index = _split_one(_digests(documents), config)
+    held_out = np.array([document.held_out for document in documents], bool)
+    train_index, validation_index = _split_one(_digests(documents), held_out, config)
   else:
     validation = _documents(sources.find_files(config.validation_path), config, cut=False)
     train_index, validation_index = _split_two(
@@ -160,10 +175,13 @@ def _digests(documents: list[Document]) -> np.ndarray:
   return np.frombuffer(joined, np.uint8).reshape(-1, split.DIGEST_BYTES)
 
 
-def _split_one(digests: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of both sides of one set of documents, held out by content."""
+def _split_one(
+  digests: np.ndarray, held_out_N: np.ndarray, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray]:
+  """Indices of both sides of one set of documents, held out by content if not so far."""
   _expect_documents(digests, 'path', config.path)
-  held_out_N = split.split(digests, config.validation_fraction, config.validation_seed)
+  if not held_out_N.any():
+    held_out_N = split.split(digests, config.validation_fraction, config.validation_seed)
   return np.flatnonzero(~held_out_N), _by_content(digests, held_out_N, config)
 
 

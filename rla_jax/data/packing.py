@@ -14,7 +14,7 @@ from rla_jax.data.corpus import TokenSet
 PACKING_VERSION = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Packing:
   """Which pieces of which documents stand in which row.
 

@@ -33,10 +33,17 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-  """One document: its UTF-8 bytes, and `file` or `file:line` for messages."""
+  """One document.
+
+  Attributes:
+    text: UTF-8 bytes.
+    source: `file` or `file:line`, for messages.
+    held_out: that it is held out was decided when it was read.
+  """
 
   text: bytes
   source: str
+  held_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

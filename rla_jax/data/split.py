@@ -61,7 +61,7 @@ def split(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def cut_lone_document(documents: Iterable[Document], fraction: float) -> Iterator[Document]:
-  """Cuts a corpus of a single document in two, so that its end can be held out.
+  """Cuts a corpus of a single document in two and holds its end out.
 
   The cut is the last line break before the last `fraction` of the bytes or, in a text of one line,
   the nearest character boundary. Corpora of more documents pass unchanged.
@@ -90,4 +90,4 @@ def cut_lone_document(documents: Iterable[Document], fraction: float) -> Iterato
   if not cut:
     raise DataError(f'{first.source} is the only document and too short to hold out a part of it')
   yield Document(text[:cut], first.source)
-  yield Document(text[cut:], f'{first.source} (last {len(text) - cut} bytes)')
+  yield Document(text[cut:], f'{first.source} (last {len(text) - cut} bytes)', held_out=True)

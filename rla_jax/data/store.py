@@ -21,7 +21,7 @@ _BATCH_BYTES = 1 << 22
 _FILES = ('tokens.bin', 'documents.npz')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TokenStore:
   """All documents, one after the other: bos, the text's tokens, eos.
 
@@ -30,6 +30,7 @@ class TokenStore:
     offsets: int64 [N + 1]; document n is tokens[offsets[n]:offsets[n + 1]].
     document_bytes: int64 [N], UTF-8 bytes of the texts.
     digests: uint8 [N, 16], of the texts.
+    held_out: bool [N], documents that were held out when they were read.
     sha256: of tokens, which bos and eos cut into documents.
   """
 
@@ -37,6 +38,7 @@ class TokenStore:
   offsets: np.ndarray
   document_bytes: np.ndarray
   digests: np.ndarray
+  held_out: np.ndarray
   sha256: str
 
 
@@ -47,9 +49,9 @@ def build(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStore:
     DataError: a document is not UTF-8 and the tokenizer needs it to be.
   """
   sink = io.BytesIO()
-  lengths, sizes, digests = _tokenise(documents, tokenizer, sink)
+  index = _tokenise(documents, tokenizer, sink)
   tokens = np.frombuffer(sink.getbuffer(), _dtype(tokenizer))
-  return TokenStore(tokens, *_index(lengths, sizes, digests), hashlib.sha256(tokens).hexdigest())
+  return TokenStore(tokens, **index, sha256=hashlib.sha256(tokens).hexdigest())
 
 
 def build_or_load(
@@ -82,8 +84,11 @@ def build_or_load(
   return _load(entry, tokenizer)
 
 
-def _tokenise(documents, tokenizer: Tokenizer, sink) -> tuple[list, list, list]:
-  lengths, sizes, digests = [], [], []
+def _tokenise(
+  documents: Iterable[Document], tokenizer: Tokenizer, sink
+) -> dict[str, np.ndarray]:
+  """Writes all tokens to the sink and returns the other arrays of a TokenStore."""
+  lengths, sizes, digests, held_out = [], [], [], []
   dtype = _dtype(tokenizer)
   bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
   for batch in _batches(documents):
@@ -92,7 +97,13 @@ def _tokenise(documents, tokenizer: Tokenizer, sink) -> tuple[list, list, list]:
       lengths.append(ids.size + 2)
       sizes.append(len(document.text))
       digests.append(digest(document.text))
-  return lengths, sizes, digests
+      held_out.append(document.held_out)
+  return {
+    'offsets': np.concatenate(([0], np.cumsum(np.array(lengths, np.int64)))),
+    'document_bytes': np.array(sizes, np.int64),
+    'digests': np.frombuffer(b''.join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
+    'held_out': np.array(held_out, bool),
+  }
 
 
 def _batches(documents: Iterable[Document]):
@@ -122,22 +133,14 @@ def _encode(batch: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
     raise
 
 
-def _index(lengths: list, sizes: list, digests: list) -> tuple[np.ndarray, ...]:
-  offsets = np.concatenate(([0], np.cumsum(np.array(lengths, np.int64))))
-  digests = np.frombuffer(b''.join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
-  return offsets, np.array(sizes, np.int64), digests
-
-
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
   return np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
 
 
 def _write(draft: pathlib.Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
   with (draft / 'tokens.bin').open('wb') as sink:
-    offsets, document_bytes, digests = _index(*_tokenise(documents, tokenizer, sink))
-  np.savez(
-    draft / 'documents.npz', offsets=offsets, document_bytes=document_bytes, digests=digests
-  )
+    index = _tokenise(documents, tokenizer, sink)
+  np.savez(draft / 'documents.npz', **index)
   (draft / 'manifest.json').write_text(json.dumps({name: _seal(draft / name) for name in _FILES}))
 
 
@@ -172,11 +175,11 @@ def _publish(draft: pathlib.Path, entry: pathlib.Path) -> None:
 
 
 def _load(entry: pathlib.Path, tokenizer: Tokenizer) -> TokenStore:
-  with np.load(entry / 'documents.npz') as index:
-    parts = index['offsets'], index['document_bytes'], index['digests']
+  with np.load(entry / 'documents.npz') as archive:
+    index = dict(archive)
   # An empty file cannot be mapped; no documents are the caller's error to report.
   empty = not (entry / 'tokens.bin').stat().st_size
   dtype = _dtype(tokenizer)
   tokens = np.zeros(0, dtype) if empty else np.memmap(entry / 'tokens.bin', dtype, mode='r')
   sha256 = json.loads((entry / 'manifest.json').read_text())['tokens.bin']['sha256']
-  return TokenStore(tokens, *parts, sha256)
+  return TokenStore(tokens, **index, sha256=sha256)

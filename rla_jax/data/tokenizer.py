@@ -5,6 +5,7 @@ The libraries behind the file formats are imported when a tokenizer of that form
 
 import abc
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -111,9 +112,8 @@ class BPETokenizer(Tokenizer):
         flat[begin : begin + _PIECES_AT_ONCE], add_special_tokens=False
       )
       ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
-    ends = np.cumsum([len(text_pieces) for text_pieces in pieces]).tolist()
-    begins = [0, *ends[:-1]]
-    return [np.concatenate(ids[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+    ends = itertools.accumulate((len(text_pieces) for text_pieces in pieces), initial=0)
+    return [np.concatenate(ids[begin:end]) for begin, end in itertools.pairwise(ends)]
 
   def decode(self, ids):
     ids = _without(_checked(ids, self.vocab_size), self.bos_id, self.eos_id)
