@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax.layers.cache import AttentionCache, last_segment
 from rla_jax.layers.rope import rotate
-from rla_jax.layers.settings import check_choices, check_positive_int
+from rla_jax.layers.settings import DEFAULT_INIT, check_choices, check_positive_int
 from rla_jax.ops.segments import count_segments
 from rla_jax.shapes import Array, Float, Segments
 
@@ -26,12 +26,12 @@ class AttentionSettings:
 
   num_heads: int = 32  # query heads
   num_kv_heads: int | None = None  # key and value heads G, a divisor of num_heads; None: num_heads
-  head_dim: int = 128
+  head_dim: int = 128  # size K of a head
   window: int | None = None  # tokens that a token sees, itself included; None: all before it
   rope_base: float | None = 10_000.0  # rotary positions; None: no positions
   dtype: Any = None  # of the products; None: that of x
-  param_dtype: Any = jnp.float32
-  kernel_init: Callable = nn.initializers.lecun_normal()
+  param_dtype: Any = jnp.float32  # of the parameters
+  kernel_init: Callable = DEFAULT_INIT  # of the projections
   implementation: Literal['xla', 'cudnn', None] = None  # of jax.nn.dot_product_attention
 
   def __post_init__(self):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rla_jax.ops import ResidualState
 from rla_jax.ops.segments import count_segments
-from rla_jax.shapes import Array, Bool, Float, Int, Segments
+from rla_jax.shapes import Array, Float, Int, Segments
 
 
 class RecurrentCache(NamedTuple):

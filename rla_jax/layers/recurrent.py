@@ -39,11 +39,11 @@ def parameters(s: Settings, model_dim: int) -> dict:
   found |= gate_parameters(s, model_dim)
   if s.skip:
     found['skip_scale'] = (s.num_heads,), jax.nn.initializers.ones
-  if s.output_gate != 'none' and s.gate_rank is None:
-    found['output_gate_proj'] = (model_dim, value_size), s.kernel_init
+  if s.output_gate != 'none' and s.low_rank_gate:
+    found['output_gate_down_proj'] = (model_dim, s.value_dim), s.kernel_init
+    found['output_gate_up_proj'] = (s.value_dim, value_size), s.kernel_init
   elif s.output_gate != 'none':
-    found['output_gate_down_proj'] = (model_dim, s.gate_rank), s.kernel_init
-    found['output_gate_up_proj'] = (s.gate_rank, value_size), s.kernel_init
+    found['output_gate_proj'] = (model_dim, value_size), s.kernel_init
   if s.output_norm != 'none':
     size = s.value_dim if s.output_norm == 'head' else value_size
     found['norm_scale'] = (size,), jax.nn.initializers.ones
@@ -185,7 +185,7 @@ def _output_gate(s, params, x_BTD):
   if s.output_gate == 'none':
     return None
   names = ('output_gate_proj',)
-  if s.gate_rank is not None:
+  if s.low_rank_gate:
     names = ('output_gate_down_proj', 'output_gate_up_proj')
   for name in names:
     x_BTD = jnp.dot(x_BTD, params[name].astype(x_BTD.dtype))

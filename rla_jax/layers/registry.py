@@ -3,12 +3,20 @@
 import dataclasses
 from typing import Any
 
-from rla_jax.layers import attention, residual
+from rla_jax.layers import attention, baselines, residual
 from rla_jax.layers.settings import check_keys
 
 LAYERS = {
   'rdn': residual.ResidualDeltaNet,
   'rla': residual.ResidualLinearAttention,
+  'sgla': baselines.SimpleGLA,
+  'retnet': baselines.RetNet,
+  'mamba2': baselines.Mamba2,
+  'gla': baselines.GLA,
+  'delta_net': baselines.DeltaNet,
+  'gdn': baselines.GatedDeltaNet,
+  'kda': baselines.KimiDeltaAttention,
+  'two_state': baselines.TwoStateDeltaNet,
   'attention': attention.Attention,
   'sliding_window_attention': attention.SlidingWindowAttention,
 }

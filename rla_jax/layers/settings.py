@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import flax.linen as nn
 import jax.numpy as jnp
 
+DEFAULT_INIT = nn.initializers.lecun_normal()  # one object, so that equal settings are equal
+
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class Settings:
@@ -34,10 +36,10 @@ class Settings:
   readout: Literal['gated', 'sum'] = 'gated'  # sum: without alpha and gamma
   two_states: bool = False  # instead of the residual: a second state that fits v itself
 
-  # Gates.
-  decay: Literal['none', 'fixed', 'scalar', 'channel', 'channel_sigmoid'] = 'scalar'  # see gates.py
+  # Gates; gates.py has the equations.
+  decay: Literal['none', 'fixed', 'scalar', 'channel', 'channel_sigmoid'] = 'scalar'
   decay_rank: int | None = None  # of the projection of a decay a channel; None: K
-  write: Literal['sigmoid', 'one', 'step'] = 'sigmoid'  # beta; step: the decay's step size (Mamba-2)
+  write: Literal['sigmoid', 'one', 'step'] = 'sigmoid'  # beta; step: that of the decay
   allow_neg_eigval: bool = False  # beta in (0, 2) instead of (0, 1)
 
   # Queries, keys and values.
@@ -49,16 +51,16 @@ class Settings:
 
   # Output.
   output_gate: Literal['silu', 'sigmoid', 'none'] = 'silu'  # activation of the gate
-  gate_rank: int | None = None  # of the gate's projection; None: full
+  low_rank_gate: bool = False  # the gate's projection has rank V (Kimi Delta Attention)
   output_norm: Literal['head', 'gated', 'none'] = 'head'  # RMS of a head, then the gate; gated:
   # the gate, then the RMS over all heads (Mamba-2)
   skip: bool = False  # adds v to the read-out, with a learned factor a head (Mamba-2's D)
-  norm_eps: float = 1e-6  # of the output norm
+  norm_eps: float = 1e-6  # added to the mean square in the output norm
 
   # Numbers and execution.
   dtype: Any = None  # of the products; None: that of x. Gates, norms and states: float32
   param_dtype: Any = jnp.float32  # of the parameters
-  kernel_init: Callable = nn.initializers.lecun_normal()  # of the projections
+  kernel_init: Callable = DEFAULT_INIT  # of the projections
   chunk_size: int | None = None  # tokens of a chunk; None: the implementation's choice
   implementation: str | Sequence[str] | None = None  # of the operator; None: the platform's best
 
@@ -69,7 +71,7 @@ class Settings:
       super().__post_init__()
 
   def plain(self) -> 'Settings':
-    """The attributes alone, without the Linen module that may hold them: safe to keep or to hash."""
+    """The attributes alone, without the Linen module that may hold them."""
     names = (field.name for field in dataclasses.fields(Settings))
     return Settings(**{name: getattr(self, name) for name in names})
 
@@ -122,7 +124,7 @@ def check_positive_int(name: str, value, optional: bool = False) -> None:
 def _check(s: Settings) -> None:
   check_positive_int('num_heads', s.num_heads)
   check_positive_int('head_dim', s.head_dim)
-  for name in ('num_qk_heads', 'decay_rank', 'conv_width', 'gate_rank', 'chunk_size'):
+  for name in ('num_qk_heads', 'decay_rank', 'conv_width', 'chunk_size'):
     check_positive_int(name, getattr(s, name), optional=True)
   if s.num_heads % s.key_heads:
     raise ValueError(

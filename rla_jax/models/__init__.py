@@ -15,6 +15,7 @@
     logits_BTS, cache = model.apply(variables, tokens_BT, cache=cache)
 
     count_parameters(config)                                          # abstract, costs nothing
+    PRESETS['rdn_1p5b']                                               # the paper's, as ModelConfig
 
 Parameters: 'embedding' [S, D], 'head' [D, S] unless tied, 'final_norm', and 'blocks', whose leaves
 have a leading axis num_layers / len(pattern): 'block_0' .. hold 'mixer_norm', 'mixer', 'ffn_norm'
@@ -26,5 +27,6 @@ and 'ffn' ('gate_proj', 'up_proj', 'down_proj'). In 'mixer', matrices are named 
 from rla_jax.models.config import ModelConfig
 from rla_jax.models.language_model import LanguageModel, count_parameters
 from rla_jax.models.loss import TokenScores
+from rla_jax.models.presets import PRESETS
 
-__all__ = ['LanguageModel', 'ModelConfig', 'TokenScores', 'count_parameters']
+__all__ = ['LanguageModel', 'PRESETS', 'ModelConfig', 'TokenScores', 'count_parameters']

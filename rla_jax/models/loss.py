@@ -46,8 +46,8 @@ def score_chunked(head, x: Float[Array, 'B T D'], targets: Int[Array, 'B T'], ch
   Returns:
     TokenScores.
   """
-  B, T, D = x.shape
-  if T <= chunk:
+  B, T = targets.shape
+  if chunk >= T:
     return score(head(x), targets)
   pieces = -(-T // chunk)
   pad = pieces * chunk - T
