@@ -1,6 +1,7 @@
 """What the programs in `experiments/` share: flags, the config flag, errors as one line."""
 
 import difflib
+import pathlib
 import re
 import runpy
 import sys
@@ -8,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rla_jax.data import DataError
@@ -20,8 +21,10 @@ FAILED = 1  # Exit status of a run that ended with an error.
 
 
 def define_config(help: str = 'Config file, a Python file with get_config().'):
-  """Defines `--config=FILE` and `--config.KEY=VALUE`; returns the flag's holder."""
-  return config_flags.DEFINE_config_file('config', None, help, lock_config=True)
+  """Defines `--config=FILE`, required, and `--config.KEY=VALUE`; returns the flag's holder."""
+  holder = config_flags.DEFINE_config_file('config', None, help, lock_config=True)
+  flags.mark_flag_as_required('config')
+  return holder
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
@@ -30,6 +33,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
   Errors that a user can act on (`TrainingError`, `DataError`, those of files, of flags and of the
   config) end the program with one line on stderr; anything else keeps its traceback.
   """
+  flags.FLAGS.set_default('verbosity', logging.WARNING)  # Orbax narrates every checkpoint at INFO.
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 
@@ -52,37 +56,49 @@ def unknown_key(path: str, config: ConfigDict) -> str:
 
 
 def _parse(argv):
+  file = next((a.partition('=')[2] for a in argv if re.match('--?config=', a)), '')
+  file = file.partition(':')[0]
+  if file and not pathlib.Path(file).is_file():
+    _fail(f'config file {file!r} does not exist', USAGE)
   try:
     rest = flags.FLAGS(argv)
-    if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
-      flags.FLAGS.config.to_dict()  # Loading is lazy: a missing file shows only here.
   except flags.Error as error:
-    _fail(f'{_last_line(str(error))} (--help lists the flags)', USAGE)
+    _fail(_explain_flag(str(error), file), USAGE)
   except Exception as error:
-    _fail(_explain(error, argv), USAGE)
+    _fail(_explain(error, argv, file), USAGE)
   if len(rest) > 1:
     _fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', USAGE)
   return rest
 
 
-def _explain(error: Exception, argv: Sequence[str]) -> str:
+def _explain_flag(message: str, file: str) -> str:
+  """One line on what absl says about a flag, a config file among them."""
+  missing = re.search(r'Flag --(\w+) must have a value', message)
+  if missing:
+    return f'--{missing[1]} is required (--help lists the flags)'
+  lines = [' '.join(line.split()) for line in message.splitlines() if line.strip()]
+  place = re.findall(rf'File "[^"]*{re.escape(file)}", line (\d+)', message) if file else []
+  if place:
+    return f'{file}:{place[-1]}: {lines[-1]}'
+  return f'{" ".join(lines)} (--help lists the flags)'
+
+
+def _explain(error: Exception, argv: Sequence[str], file: str) -> str:
   """One line on what went wrong while the config file was read or overridden."""
-  file = next((a.partition('=')[2] for a in argv if re.match('--?config=', a)), '')
-  file = file.partition(':')[0]
   frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
   missing = re.search(r'Key "(\w+)" does not exist', str(error))
   if file and frames:
     where = f'{file}:{frames[-1].lineno}: '
     if missing:
       return where + unknown_key(missing[1], get_config())
-    return f'{where}{type(error).__name__}: {_last_line(str(error))}'
+    return f'{where}{type(error).__name__}: {" ".join(str(error).split())}'
   if isinstance(error, (AttributeError, KeyError)):
     config = runpy.run_path(file)['get_config']()
     known = list(leaves(config))
     for path in (m[1] for a in argv if (m := re.match(r'--?(?:no)?config\.([\w.]+)', a))):
       if path not in known:
         return unknown_key(path, config)
-  return _last_line(str(error))
+  return ' '.join(str(error).split())
 
 
 def _guarded(main, argv) -> int:
@@ -92,13 +108,6 @@ def _guarded(main, argv) -> int:
     _fail(str(error), FAILED)
   except KeyboardInterrupt:
     _fail('interrupted', 130)
-
-
-def _last_line(text: str) -> str:
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  if 'Traceback' in text:
-    return lines[-1].removeprefix('TypeError: ').removeprefix('ValueError: ')
-  return ' '.join(lines) if lines else 'unknown error'
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -1,0 +1,17 @@
+"""Simple gated linear attention (sGLA), 1.55 B parameters, 100 B tokens: RLA's base.
+
+Reproduces: the paper's sGLA baseline.
+Command: python experiments/train.py --config=configs/sgla_1p5b.py --workdir=runs/sgla
+  --config.data.path, validation_path and tokenizer say where your text is.
+Hardware: meant for 8 GPUs of 80 GB or more, or a TPU slice; --config.accumulate trades memory for
+  speed.
+Wall time: not yet run.
+Result: not yet run.
+"""
+
+from rla_jax.training.paper import get_paper_config
+
+
+def get_config():
+  """The paper's sGLA baseline."""
+  return get_paper_config('rla', residual=False)
