@@ -18,7 +18,6 @@ The position in the data is the step. A checkpoint stores it with `fingerprint(c
 """
 
 from rla_jax.data.batches import (
-  Batch,
   EvaluationBatches,
   evaluation_batches,
   steps_per_epoch,
@@ -27,6 +26,7 @@ from rla_jax.data.batches import (
 from rla_jax.data.config import DataConfig
 from rla_jax.data.corpus import Corpus, TokenSet, load_documents
 from rla_jax.data.fingerprint import check_fingerprint, fingerprint
+from rla_jax.data.packing import Batch
 from rla_jax.data.sources import DataError, Document
 from rla_jax.data.tokenizer import Tokenizer, load_tokenizer
 

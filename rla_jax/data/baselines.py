@@ -16,6 +16,7 @@ import lzma
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from rla_jax.data.sources import Document
 
@@ -71,7 +72,7 @@ def measure(train: Iterable[Document], held_out: Sequence[Document]) -> Baseline
   )
 
 
-def bigram_counts(documents: Iterable[Document]) -> np.ndarray:
+def bigram_counts(documents: Iterable[Document]) -> Int[np.ndarray, '257 257']:
   """How often a symbol follows another: int64 [257, 257], the former first."""
   counts = np.zeros(_SYMBOLS * _SYMBOLS, np.int64)
   for symbols in _symbols(documents):
@@ -79,13 +80,15 @@ def bigram_counts(documents: Iterable[Document]) -> np.ndarray:
   return counts.reshape(_SYMBOLS, _SYMBOLS)
 
 
-def unigram_probabilities(counts: np.ndarray) -> np.ndarray:
+def unigram_probabilities(counts: Int[np.ndarray, '257 257']) -> Float[np.ndarray, '257']:
   """p(y), float64 [257], from bigram counts [257, 257]."""
   total = counts.sum(axis=0) + 1.0
   return total / total.sum()
 
 
-def bigram_probabilities(counts: np.ndarray) -> np.ndarray:
+def bigram_probabilities(
+  counts: Int[np.ndarray, '257 257'],
+) -> Float[np.ndarray, '257 257']:
   """p(y | x), float64 [257 x, 257 y], from bigram counts; p(y) after an x never seen."""
   unigram = np.broadcast_to(unigram_probabilities(counts), counts.shape)
   seen = counts.sum(axis=1, keepdims=True)

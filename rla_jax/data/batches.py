@@ -1,27 +1,17 @@
 """Batches in an order that is a function of (seed, step), through Grain."""
 
 from collections.abc import Iterator
-from typing import TypedDict
 
 import grain
 import numpy as np
 
 from rla_jax.data.config import DataConfig
 from rla_jax.data.corpus import Corpus, TokenSet
-from rla_jax.data.packing import Packing, pack
+from rla_jax.data.packing import Batch, Packing, pack
 
 # Rows of a training run, beyond any: a million a second for 140 years. Grain's own endless repeat
 # overflows when it is batched by one, since the length of a batched dataset passes through a float.
 _ENDLESS_ROWS = 2**52
-
-
-class Batch(TypedDict):
-  """This process's rows of one step, B / process_count of them."""
-
-  tokens: np.ndarray  # int32 [B, T]
-  targets: np.ndarray  # int32 [B, T], the next token of the same document
-  segment_ids: np.ndarray  # int32 [B, T], 1, 2, ... along a row; 0 is padding
-  loss_mask: np.ndarray  # float32 [B, T], 1 where a target counts, 0 on padding
 
 
 def train_batches(
@@ -46,7 +36,7 @@ def train_batches(
     process_count: processes that share each batch, as jax.process_count().
 
   Returns:
-    A Grain iterator that assembles batches ahead in threads; `next` never ends it.
+    An endless Grain iterator; threads assemble batches ahead.
 
   Raises:
     ValueError: process_count does not divide batch_size, or an index is out of range.

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Bool, Int, UInt
 
 from rla_jax.data import sources, split, store
 from rla_jax.data.config import DataConfig
@@ -25,10 +26,10 @@ class TokenSet:
     document_bytes: int64 [N], UTF-8 bytes.
   """
 
-  tokens: np.ndarray
-  starts: np.ndarray
-  lengths: np.ndarray
-  document_bytes: np.ndarray
+  tokens: UInt[np.ndarray, 'M']
+  starts: Int[np.ndarray, 'N']
+  lengths: Int[np.ndarray, 'N']
+  document_bytes: Int[np.ndarray, 'N']
 
   @property
   def num_documents(self) -> int:
@@ -52,7 +53,7 @@ class TokenSet:
       f'{self.num_bytes:,} bytes)'
     )
 
-  def select(self, index: np.ndarray) -> 'TokenSet':
+  def select(self, index: Bool[np.ndarray, 'N'] | Int[np.ndarray, 'n']) -> 'TokenSet':
     """The documents of a mask or of indices [n], in their order."""
     return TokenSet(
       self.tokens, self.starts[index], self.lengths[index], self.document_bytes[index]

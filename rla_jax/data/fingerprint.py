@@ -3,9 +3,11 @@
 import hashlib
 import json
 
+import numpy as np
+
 from rla_jax.data.batches import shuffled_rows
 from rla_jax.data.config import DataConfig
-from rla_jax.data.corpus import Corpus
+from rla_jax.data.corpus import Corpus, TokenSet
 from rla_jax.data.packing import PACKING_VERSION
 from rla_jax.data.sources import DataError
 
@@ -25,20 +27,20 @@ def fingerprint(config: DataConfig, corpus: Corpus) -> dict[str, str | int]:
   """
   probe = shuffled_rows(_PROBE_ROWS, config.seed)
   entries = {
-    'files': _sha256([file.sha256 for file in corpus.files]),
+    'files': _sha256(json.dumps([file.sha256 for file in corpus.files]).encode()),
     'bytes_on_disk': sum(file.size for file in corpus.files),
     'tokenizer': f'{corpus.tokenizer.name} {corpus.tokenizer.fingerprint}',
     'tokens': corpus.sha256,
-    'split': _sha256([_documents(corpus.train), _documents(corpus.validation)]),
+    'split': _sha256(_documents(corpus.train) + _documents(corpus.validation)),
     'train_documents': corpus.train.num_documents,
     'validation_documents': corpus.validation.num_documents,
     'seq_len': config.seq_len,
     'batch_size': config.batch_size,
     'seed': config.seed,
     'packing_version': PACKING_VERSION,
-    'order': _sha256([int(probe[i]) for i in range(8)]),
+    'order': _sha256(json.dumps([int(probe[i]) for i in range(8)]).encode()),
   }
-  return {**entries, 'digest': _sha256(entries)}
+  return {**entries, 'digest': _sha256(json.dumps(entries).encode())}
 
 
 def check_fingerprint(saved: dict[str, str | int], current: dict[str, str | int]) -> None:
@@ -61,9 +63,9 @@ def check_fingerprint(saved: dict[str, str | int], current: dict[str, str | int]
     raise DataError('\n'.join(['the data are not those of the checkpoint:', *lines]))
 
 
-def _documents(documents) -> list[list[int]]:
-  return [documents.starts.tolist(), documents.lengths.tolist()]
+def _documents(documents: TokenSet) -> bytes:
+  return np.stack((documents.starts, documents.lengths)).astype('<i8').tobytes()
 
 
-def _sha256(value) -> str:
-  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()

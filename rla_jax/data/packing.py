@@ -6,12 +6,23 @@ number, so that a run resumes from its step alone.
 
 import bisect
 import dataclasses
+from typing import TypedDict
 
 import numpy as np
+from jaxtyping import Float32, Int, Int32, UInt
 
 from rla_jax.data.corpus import TokenSet
 
 PACKING_VERSION = 1
+
+
+class Batch(TypedDict):
+  """Rows of one step; in training and evaluation those of this process."""
+
+  tokens: Int32[np.ndarray, 'B T']  # the inputs
+  targets: Int32[np.ndarray, 'B T']  # the next token of the same document, eos_id at its end
+  segment_ids: Int32[np.ndarray, 'B T']  # 1, 2, ... along a row; 0 is padding
+  loss_mask: Float32[np.ndarray, 'B T']  # 1 where a target counts, 0 on padding
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -26,10 +37,10 @@ class Packing:
     seq_len: T.
   """
 
-  tokens: np.ndarray
-  starts: np.ndarray
-  lengths: np.ndarray
-  row_offsets: np.ndarray
+  tokens: UInt[np.ndarray, 'M']
+  starts: Int[np.ndarray, 'P']
+  lengths: Int[np.ndarray, 'P']
+  row_offsets: Int[np.ndarray, 'R+1']
   seq_len: int
 
   @property
@@ -37,14 +48,14 @@ class Packing:
     """R."""
     return self.row_offsets.size - 1
 
-  def rows(self, index: np.ndarray) -> dict[str, np.ndarray]:
+  def rows(self, index: Int[np.ndarray, 'B']) -> Batch:
     """Assembles a batch.
 
     Args:
       index: int [B], row numbers; -1 is a row of padding.
 
     Returns:
-      tokens, targets, segment_ids int32 [B, T], loss_mask float32 [B, T]; see `rla_jax.data`.
+      The rows.
     """
     shape = len(index), self.seq_len
     tokens_BT, targets_BT, segment_ids_BT = (np.zeros(shape, np.int32) for _ in range(3))

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from jaxtyping import Bool, UInt8, UInt64
 
 from rla_jax.data.sources import DataError, Document
 
@@ -15,7 +16,7 @@ def digest(text: bytes) -> bytes:
   return hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()
 
 
-def ranks(digests: np.ndarray, seed: int) -> np.ndarray:
+def ranks(digests: UInt8[np.ndarray, 'N 16'], seed: int) -> UInt64[np.ndarray, 'N']:
   """A uniform number per content.
 
   Args:
@@ -30,7 +31,9 @@ def ranks(digests: np.ndarray, seed: int) -> np.ndarray:
   return np.frombuffer(b''.join(hashes), '<u8')
 
 
-def split(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def split(
+  digests: UInt8[np.ndarray, 'N 16'], fraction: float, seed: int
+) -> Bool[np.ndarray, 'N']:
   """Which documents are held out.
 
   A document is held out if its rank, as a number in [0, 1), lies below the fraction: documents that

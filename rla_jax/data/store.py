@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable
 
 import numpy as np
+from jaxtyping import Bool, Int, UInt, UInt8
 
 from rla_jax.data.sources import DataError, Document
 from rla_jax.data.split import DIGEST_BYTES, digest
@@ -34,11 +35,11 @@ class TokenStore:
     sha256: of tokens, which bos and eos cut into documents.
   """
 
-  tokens: np.ndarray
-  offsets: np.ndarray
-  document_bytes: np.ndarray
-  digests: np.ndarray
-  held_out: np.ndarray
+  tokens: UInt[np.ndarray, 'M']
+  offsets: Int[np.ndarray, 'N+1']
+  document_bytes: Int[np.ndarray, 'N']
+  digests: UInt8[np.ndarray, 'N 16']
+  held_out: Bool[np.ndarray, 'N']
   sha256: str
 
 

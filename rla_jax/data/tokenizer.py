@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Int, Int32
 
 from rla_jax.data.sources import DataError
 
@@ -41,7 +42,7 @@ class Tokenizer(abc.ABC):
   eos_id: int
   fingerprint: str
 
-  def encode(self, text: str | bytes) -> np.ndarray:
+  def encode(self, text: str | bytes) -> Int32[np.ndarray, 'N']:
     """Token ids of a text, int32 [N]; adds neither bos nor eos, and yields them for no text.
 
     Raises:
@@ -50,14 +51,14 @@ class Tokenizer(abc.ABC):
     return self.encode_batch([text])[0]
 
   @abc.abstractmethod
-  def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
+  def encode_batch(self, texts: Sequence[str | bytes]) -> list[Int32[np.ndarray, 'N']]:
     """`encode` of many texts at once, which some tokenizers do in parallel."""
 
   @abc.abstractmethod
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+  def decode(self, ids: Sequence[int] | Int[np.ndarray, 'N']) -> str:
     """The text of token ids [N]; bos and eos stand for no text, broken UTF-8 becomes U+FFFD."""
 
-  def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+  def decode_bytes(self, ids: Sequence[int] | Int[np.ndarray, 'N']) -> bytes:
     """The UTF-8 bytes of token ids [N]; exact for any bytes if the tokenizer is byte-level."""
     return self.decode(ids).encode()
 
