@@ -1,0 +1,290 @@
+"""Benchmarks the operators on one GPU, side by side with what else there is, errors first.
+
+    python experiments/benchmark_ops.py                                  # everything, an hour
+    python experiments/benchmark_ops.py --suites=speed --operations=rdn,gdn --lengths=2048 \
+        --implementations=triton,fla                                     # a minute
+
+Three suites, in this order:
+  accuracy  values and gradients of every implementation against a float64 oracle: plain, packed and
+            correlated keys, several lengths and head sizes. A figure over its bar fails the run.
+  speed     forward, and forward with backward, at a constant number of tokens: milliseconds,
+            TFLOP/s, share of the floor (bytes and arithmetic at the card's measured rates), peak
+            memory.
+  decode    one token for many sequences: bytes of the states moved over time.
+
+Contenders: 'triton' and 'chunked' (this library), 'cudnn' (flash attention from JAX) and 'fla'
+(PyTorch, where torch and flash-linear-attention are installed; its 'rdn' and 'rla' are two passes
+of its one-state kernels). What cannot run is named with its reason. How time is taken is told in
+`ops_benchmark/timing.py` and, for PyTorch, `ops_benchmark/peers.py`.
+
+Writes accuracy.csv, speed.csv and figures to --out. Rows carry date, commit, hardware, versions and
+command.
+"""
+
+import collections
+import csv
+import datetime
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leaves memory for the peers
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ops_benchmark import accuracy, contenders, figures, timing
+from ops_benchmark.problem import OPERATIONS, Problem, on_device
+from tqdm import tqdm
+
+FLAGS = flags.FLAGS
+LIST = flags.DEFINE_list
+SUITES = LIST('suites', ['accuracy', 'speed', 'decode'], 'accuracy, speed, decode')
+CONTENDERS = LIST(
+  'implementations', ['triton', 'chunked', 'cudnn', 'fla'], 'triton, chunked, cudnn, fla'
+)
+SELECTED = LIST('operations', list(OPERATIONS), 'rdn, rla, gdn, simple_gla, flash')
+DIRECTIONS = LIST('directions', ['forward', 'forward_backward'], 'forward, forward_backward')
+LENGTHS = LIST('lengths', ['512', '2048', '8192', '32768', '131072'], 'tokens of a sequence')
+SIZES = LIST('sizes', ['128'], 'key and value sizes of a head: 64, 128, 256')
+TOKENS = flags.DEFINE_integer('tokens', 32768, 'tokens in all; a longer sequence runs alone')
+WIDTH = flags.DEFINE_integer('width', 2048, 'heads times head size')
+SEQUENCES = flags.DEFINE_integer('sequences', 256, 'sequences of the decode suite')
+DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'], 'of q, k, v')
+CHECKED_SIZES = LIST('accuracy_sizes', ['64', '100', '128', '256'], 'its head sizes')
+CHECKED_LENGTHS = LIST('accuracy_lengths', ['1', '63', '2048', '4097'], 'its lengths, up to 4160')
+REPEATS = flags.DEFINE_integer('repeats', 7, 'samples of a median')
+OUT = flags.DEFINE_string('out', 'experiments/results', 'folder of the results')
+COMMIT = flags.DEFINE_string('commit', None, 'commit to record where the folder is no git checkout')
+PROFILE = flags.DEFINE_bool('profile', False, 'also print the time of each device kernel')
+SEED = flags.DEFINE_integer('seed', None, 'of the inputs; fresh ones if not given')
+
+
+def provenance() -> dict[str, str]:
+  """Date, commit, hardware, versions and command, for every row."""
+  commit = COMMIT.value
+  if commit is None:
+    command = ['git', 'rev-parse', '--short', 'HEAD']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    commit = done.stdout.strip() or 'unknown'
+
+  def version(name):
+    try:
+      return f'{name} {importlib.metadata.version(name)}'
+    except importlib.metadata.PackageNotFoundError:
+      return f'{name} none'
+
+  packages = ('jax', 'jaxlib', 'triton', 'jax-triton', 'torch', 'flash-linear-attention')
+  return {
+    'date': datetime.date.today().isoformat(),
+    'commit': commit,
+    'hardware': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'versions': '; '.join(version(p) for p in packages),
+    'command': ' '.join(['python', *sys.argv]),
+  }
+
+
+def write_rows(name: str, rows: list[dict]) -> None:
+  """Writes a CSV of all columns that occur. An older file of the name is replaced."""
+  folder = pathlib.Path(OUT.value)
+  folder.mkdir(parents=True, exist_ok=True)
+  columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+  with open(folder / f'{name}.csv', 'w', newline='') as file:
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+  print(f'wrote {folder / name}.csv ({len(rows)} rows)')
+
+
+def check_accuracy(seed: int) -> tuple[list[dict], list[str]]:
+  """Rows of the accuracy suite, and what is over its bar."""
+  names = [n for n in SELECTED.value if n != 'flash']
+  ours = [n for n in CONTENDERS.value if n in ('triton', 'chunked')]
+  cases = list(itertools.product(ours, names, map(int, CHECKED_SIZES.value)))
+  rows, failures = [], []
+  for implementation, operation, size in tqdm(cases, desc='accuracy'):
+    # length, packed, how alike the keys are
+    variants = [(int(length), False, 0.0) for length in CHECKED_LENGTHS.value]
+    longest = max((n for n, _, _ in variants if n <= 2048), default=64)
+    variants += [(longest, True, 0.0), (longest, False, 0.9)]
+    for length, packed, correlation in variants:
+      problem = Problem(operation, 'forward_backward', 1, length, 2, size, DTYPE.value)
+      seed += 1
+      case = f'{operation} {implementation} size {size} length {length}'
+      case += ' packed' * packed + ' correlated' * (correlation > 0)
+      try:
+        report = accuracy.check(
+          problem, implementation, seed, packed=packed, correlation=correlation
+        )
+      except NotImplementedError as error:
+        tqdm.write(f'{case}: not run: {error}')
+        continue
+      found = report.failures(DTYPE.value)
+      failures += [f'{case}: {f}' for f in found]
+      rows.append({
+        'operation': operation, 'implementation': implementation, 'size': size, 'length': length,
+        'packed': packed, 'correlation': correlation, 'dtype': DTYPE.value, 'seed': seed,
+        'passed': not found, 'flipped_mask_entries': report.flipped,
+        **{n: f'{e:.3e}' for n, e in report.errors.items()},
+        **{f'cosine_{n}': f'{c:.6f}' for n, c in report.cosines.items()},
+      })  # fmt: skip
+  print_accuracy(rows)
+  return rows, failures
+
+
+def print_accuracy(rows: list[dict]) -> None:
+  """The worst figure of each tensor, over everything that an implementation was asked."""
+  worst = collections.defaultdict(dict)
+  gradients = [f'd{name}' for name in accuracy.NAMES]
+  for row in rows:
+    errors = worst[row['operation'], row['implementation']]
+    for name in ('o', 'base', 'residual', *gradients, 'flipped_mask_entries'):
+      if name in row:
+        errors[name] = max(errors.get(name, 0.0), float(row[name]))
+  print('worst error against float64, RMS relative; clip mask pinned')
+  for key, errors in worst.items():
+    print(*key, ' '.join(f'{n} {e:.1e}' for n, e in errors.items()))
+
+
+def problems() -> list[Problem]:
+  """Every size of the speed and decode suites."""
+  chosen = []
+  sizes = [int(s) for s in SIZES.value]
+  if 'speed' in SUITES.value:
+    for size, length, operation, direction in itertools.product(
+      sizes, map(int, LENGTHS.value), SELECTED.value, DIRECTIONS.value
+    ):
+      batch, heads = max(1, TOKENS.value // length), WIDTH.value // size
+      chosen.append(Problem(operation, direction, batch, length, heads, size, DTYPE.value))
+  if 'decode' in SUITES.value:
+    for size, operation in itertools.product(sizes, SELECTED.value):
+      if operation != 'flash':
+        heads = WIDTH.value // size
+        chosen.append(Problem(operation, 'decode', SEQUENCES.value, 1, heads, size, DTYPE.value))
+  return chosen
+
+
+def time_ours(chosen: list[Problem], seed: int) -> list[dict]:
+  """Times what runs in JAX, in this process."""
+  rows = []
+  cases = [(p, i) for p in chosen for i in contenders.implementations(p.operation)]
+  cases = [(p, i) for p, i in cases if i in CONTENDERS.value]
+  inputs, drawn = None, None
+  for problem, implementation in (progress := tqdm(cases, desc='speed')):
+    name = f'{problem.operation} {implementation} {problem.direction} {problem.length}'
+    progress.set_postfix_str(name)
+    shape = (problem.batch, problem.length, problem.heads, problem.size)
+    if drawn != shape:
+      inputs, drawn = on_device(problem, seed), shape
+    try:
+      if problem.direction == 'decode':
+        step, tokens, states = contenders.build_decode(problem, implementation, inputs)
+        measured = timing.measure_in_place(step, tokens, states, repeats=REPEATS.value)
+      else:
+        function, arguments = contenders.build(problem, implementation, inputs)
+        measured = timing.measure(function, arguments, repeats=REPEATS.value)
+        if PROFILE.value:
+          with tempfile.TemporaryDirectory() as folder:
+            for kernel, seconds in timing.kernels(function, arguments, folder).items():
+              tqdm.write(f'  {name}: {seconds * 1e3:.3f} ms {kernel[:90]}')
+    except (NotImplementedError, ImportError, ValueError, RuntimeError) as error:
+      tqdm.write(f'{name}: not run: {str(error).splitlines()[0][:300]}')
+      continue
+    rows.append({
+      **vars(problem), 'implementation': implementation,
+      'milliseconds': measured.seconds * 1e3, 'spread': measured.spread * 1e3, 'method': 'loop',
+      'peak_bytes': measured.peak_bytes, 'compile_seconds': measured.compile_seconds,
+    })  # fmt: skip
+  return rows
+
+
+def time_peers(chosen: list[Problem]) -> list[dict]:
+  """Times fla's kernels in a process of their own, if it is installed."""
+  if importlib.util.find_spec('torch') is None or importlib.util.find_spec('fla') is None:
+    print('fla: not run: torch or flash-linear-attention is not installed')
+    return []
+  wanted = [vars(p) for p in chosen if p.operation != 'flash']
+  with tempfile.TemporaryDirectory() as folder:
+    asked, answered = pathlib.Path(folder, 'problems.json'), pathlib.Path(folder, 'rows.json')
+    asked.write_text(json.dumps(wanted))
+    script = pathlib.Path(__file__).parent / 'ops_benchmark' / 'peers.py'
+    done = subprocess.run([sys.executable, script, asked, answered], check=False)
+    if done.returncode:
+      print(f'fla: stopped with exit status {done.returncode}; the rows before that are kept')
+    lines = answered.read_text().splitlines() if answered.exists() else []
+  rows = [json.loads(line) for line in lines]
+  return [
+    {n: x for n, x in row.items() if n != 'versions'} | {'implementation': 'fla'} for row in rows
+  ]
+
+
+def add_rates(rows: list[dict], bandwidth: float, arithmetic: float) -> None:
+  """Adds what follows from a time: rates, share of the floor, memory against the tensors."""
+  for row in rows:
+    problem = Problem(**{n: row[n] for n in Problem.__dataclass_fields__})
+    seconds = row['milliseconds'] * 1e-3
+    floor = problem.floor_seconds(bandwidth, arithmetic)
+    row['floor_milliseconds'] = floor * 1e3
+    row['share_of_floor'] = floor / seconds
+    row['tflops'] = problem.flops() / seconds * 1e-12
+    row['share_of_copy_bandwidth'] = problem.bytes() / seconds / bandwidth
+    row['microseconds_per_token'] = seconds * 1e6 / (problem.batch * problem.length)
+    if problem.direction != 'decode':
+      tensors = 4 if problem.direction == 'forward' else 8  # q k v o, and their gradients
+      row['peak_over_tensors'] = row['peak_bytes'] / (tensors * problem.qkvo_bytes)
+
+
+def print_speed(rows: list[dict]) -> None:
+  """One line a measurement."""
+  print('operation implementation direction batch x length x heads x size: milliseconds ...')
+  for r in rows:
+    print(
+      f'{r["operation"]:10} {r["implementation"]:8} {r["direction"]:16} '
+      f'{r["batch"]:4} x {r["length"]:6} x {r["heads"]:2} x {r["size"]:3}: '
+      f'{r["milliseconds"]:8.3f} ms  {r["tflops"]:6.1f} TFLOP/s  '
+      f'{100 * r["share_of_floor"]:5.1f} % of floor  '
+      f'{100 * r["share_of_copy_bandwidth"]:5.1f} % of copy  {r["peak_bytes"] / 2**20:7.0f} MiB '
+      f'{r["method"]}'
+    )
+
+
+def main(argv):
+  """Runs the suites; exits with 1 if a figure is over its bar."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  source = provenance()
+  print(source['hardware'], source['versions'], f'commit {source["commit"]}', sep=' | ')
+  seed = SEED.value if SEED.value is not None else int.from_bytes(os.urandom(3), 'little')
+  failures = []
+  if 'accuracy' in SUITES.value:
+    rows, failures = check_accuracy(seed)
+    write_rows('accuracy', [row | source for row in rows])
+    for failure in failures:
+      print('OVER THE BAR:', failure)
+  chosen = problems()
+  if chosen:
+    bandwidth, arithmetic = timing.ceilings()
+    print(f'copy {bandwidth * 1e-12:.2f} TB/s, bf16 product {arithmetic * 1e-12:.0f} TFLOP/s')
+    rows = time_ours(chosen, seed)
+    jnp.zeros(()).block_until_ready()
+    if 'fla' in CONTENDERS.value:
+      rows += time_peers(chosen)
+    order = {vars(p)['operation']: i for i, p in enumerate(chosen)}
+    rows.sort(key=lambda r: (r['size'], r['direction'], r['length'], order[r['operation']]))
+    add_rates(rows, bandwidth, arithmetic)
+    print_speed(rows)
+    card = {'copy_bytes_per_second': bandwidth, 'bf16_flops_per_second': arithmetic}
+    write_rows('speed', [row | card | source for row in rows])
+    figures.draw(rows, pathlib.Path(OUT.value), source['hardware'])
+  if failures:
+    sys.exit(f'{len(failures)} figures are over their bars')
+
+
+if __name__ == '__main__':
+  app.run(main)

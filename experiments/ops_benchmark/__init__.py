@@ -1,0 +1,1 @@
+"""Parts of `experiments/benchmark_ops.py`: problems, timing, contenders, accuracy, figures."""

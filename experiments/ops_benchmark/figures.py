@@ -1,0 +1,41 @@
+"""Figures of the speed suite: time a token against length, and memory against length."""
+
+import pathlib
+
+
+def draw(rows: list[dict], folder: pathlib.Path, hardware: str) -> None:
+  """Writes one PNG a head size and direction: time a token and peak memory against length."""
+  import matplotlib
+
+  matplotlib.use('agg')
+  import matplotlib.pyplot as plt
+
+  for size, direction in sorted({(r['size'], r['direction']) for r in rows}):
+    chosen = [r for r in rows if (r['size'], r['direction']) == (size, direction)]
+    if len({r['length'] for r in chosen}) < 2:
+      continue
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    names = sorted({(r['operation'], r['implementation']) for r in chosen})
+    operations = sorted({operation for operation, _ in names})
+    styles = {'triton': '-', 'chunked': ':', 'fla': '--', 'cudnn': '-'}
+    for operation, implementation in names:
+      line = [
+        r for r in chosen if (r['operation'], r['implementation']) == (operation, implementation)
+      ]
+      line.sort(key=lambda r: r['length'])
+      style = {
+        'color': f'C{operations.index(operation)}', 'linestyle': styles[implementation],
+        'marker': 'o', 'markersize': 3, 'label': f'{operation} {implementation}',
+      }  # fmt: skip
+      lengths = [r['length'] for r in line]
+      axes[0].loglog(lengths, [r['microseconds_per_token'] for r in line], **style)
+      axes[1].loglog(lengths, [r['peak_bytes'] / 2**30 for r in line], **style)
+    axes[0].set_ylabel('microseconds a token')
+    axes[1].set_ylabel('peak memory, GiB')
+    for axis in axes:
+      axis.set_xlabel('tokens of a sequence')
+      axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f'{direction}, head size {size}, {hardware}', fontsize=10)
+    figure.savefig(folder / f'speed_{direction}_{size}.png', dpi=130)
+    plt.close(figure)

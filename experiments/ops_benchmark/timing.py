@@ -1,0 +1,153 @@
+"""Times a JAX function on the device, without the host's part.
+
+Method: one jitted program runs the function `LOOP` times; `n` and `2 n` dispatches of it are timed
+to the end of the last, and the difference is divided by `n LOOP`, so that entry and synchronisation
+cancel; dispatch runs ahead of the device. Each run gets one element of every input from the last
+run's outputs, so that nothing can be hoisted out of the loop, and the outputs are carried whole, so
+that nothing can be left out. What these updates cost (a few microseconds) is measured by the same
+program without the function and taken off. The median of several differences is reported.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LOOP = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+  """Seconds of one call (median, and the middle half's width), bytes at its peak."""
+
+  seconds: float
+  spread: float
+  peak_bytes: int
+  compile_seconds: float
+
+
+def measure(
+  function: Callable, inputs: tuple, *, repeats: int = 7, target_seconds: float = 0.05
+) -> Measurement:
+  """Times `function(*inputs)`. `target_seconds` is the device time of one sample.
+
+  Peak memory is what the compiled program allocates: arguments, outputs and temporaries.
+
+  Raises:
+    FloatingPointError: an output is not finite or all zero, so that its time would mean nothing.
+  """
+  start = time.perf_counter()
+  compiled = jax.jit(function).lower(*inputs).compile()
+  compile_seconds = time.perf_counter() - start
+  outputs = jax.block_until_ready(compiled(*inputs))
+  _check(outputs)
+  state = (inputs, outputs)
+
+  def body(inputs, _):
+    return inputs, function(*inputs)
+
+  seconds, spread = _time(body, state, repeats, target_seconds)
+  overhead, _ = _time(lambda *state: state, state, 3, target_seconds / 8)
+  return Measurement(seconds - overhead, spread, _peak_bytes(compiled), compile_seconds)
+
+
+def measure_in_place(step: Callable, inputs: tuple, states: tuple, **options) -> Measurement:
+  """Times `o, *states = step(*inputs, *states)` with the states fed back, as in decoding."""
+  start = time.perf_counter()
+  compiled = jax.jit(step).lower(*inputs, *states).compile()
+  compile_seconds = time.perf_counter() - start
+  outputs = compiled(*inputs, *states)
+  _check(outputs)
+  options = {'repeats': 7, 'target_seconds': 0.05} | options
+
+  def body(inputs, carry):
+    o, *new = step(*inputs, *carry[1])
+    return inputs, (o, tuple(new))
+
+  seconds, spread = _time(body, (inputs, (outputs[0], states)), touch=False, **options)
+  return Measurement(seconds, spread, _peak_bytes(compiled), compile_seconds)
+
+
+def _time(body, state, repeats, target_seconds, touch=True):
+  def run(first, second):
+    def once(_, carry):
+      first, second = carry
+      return body(_touch(first, second) if touch else first, second)
+
+    return jax.lax.fori_loop(0, LOOP, once, (first, second))
+
+  program = jax.jit(run, donate_argnums=(0, 1)).lower(*state).compile()
+  state = jax.tree.map(jnp.copy, state)
+
+  def clock(dispatches):
+    nonlocal state
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    for _ in range(dispatches):
+      state = program(*state)
+    jax.block_until_ready(state)
+    return time.perf_counter() - start
+
+  clock(1)
+  once = max(clock(2) - clock(1), 1e-5)
+  dispatches = int(np.clip(target_seconds / once, 1, 100))
+  samples = [clock(2 * dispatches) - clock(dispatches) for _ in range(repeats)]
+  low, median, high = np.percentile(np.array(samples) / (dispatches * LOOP), (25, 50, 75))
+  return float(median), float(high - low)
+
+
+def _touch(inputs, outputs):
+  """Adds next to nothing, taken from the outputs, to one element of every input."""
+  sample = sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(outputs))
+  sample = jnp.clip(sample, -1, 1) * 1e-30
+  return jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(sample.astype(x.dtype)), inputs)
+
+
+def _check(outputs):
+  for x in jax.tree.leaves(outputs):
+    total = float(jnp.sum(jnp.abs(x.astype(jnp.float32))))
+    if not np.isfinite(total) or total == 0:
+      raise FloatingPointError(f'an output of shape {x.shape} sums to {total}')
+
+
+def _peak_bytes(compiled) -> int:
+  memory = compiled.memory_analysis()
+  return (
+    memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )  # fmt: skip
+
+
+def ceilings() -> tuple[float, float]:
+  """Bytes a second of a large copy, read plus written, and flops a second of a bf16 product."""
+  on_cpu = jax.default_backend() == 'cpu'
+  data = jax.random.normal(jax.random.key(0), (2**20 if on_cpu else 2**29,))
+  copy = measure(lambda x: (x * 1.0000001,), (data,), repeats=5)
+  n = 512 if on_cpu else 8192
+  a, b = jax.random.normal(jax.random.key(1), (2, n, n), jnp.bfloat16)
+  product = measure(lambda a, b: (a @ b,), (a, b), repeats=5)
+  return 2 * data.nbytes / copy.seconds, 2 * n**3 / product.seconds
+
+
+def kernels(function: Callable, inputs: tuple, folder: str, calls: int = 3) -> dict[str, float]:
+  """Seconds of each device kernel in one call of `function(*inputs)`, from the profiler."""
+  compiled = jax.jit(function).lower(*inputs).compile()
+  jax.block_until_ready(compiled(*inputs))
+  with jax.profiler.trace(folder):
+    for _ in range(calls):
+      jax.block_until_ready(compiled(*inputs))
+  from pathlib import Path
+
+  newest = max(Path(folder).rglob('*.xplane.pb'), key=lambda p: p.stat().st_mtime)
+  times: dict[str, float] = {}
+  for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
+    if not plane.name.startswith('/device:GPU'):
+      continue
+    for line in plane.lines:
+      if 'Stream' in line.name:
+        for event in line.events:
+          times[event.name] = times.get(event.name, 0) + event.duration_ns * 1e-9 / calls
+  return dict(sorted(times.items(), key=lambda item: -item[1]))
