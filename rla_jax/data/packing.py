@@ -40,7 +40,7 @@ class Packing:
   tokens: UInt[np.ndarray, 'M']
   starts: Int[np.ndarray, 'P']
   lengths: Int[np.ndarray, 'P']
-  row_offsets: Int[np.ndarray, 'R+1']
+  row_offsets: Int[np.ndarray, 'R1']
   seq_len: int
 
   @property

@@ -36,7 +36,7 @@ class TokenStore:
   """
 
   tokens: UInt[np.ndarray, 'M']
-  offsets: Int[np.ndarray, 'N+1']
+  offsets: Int[np.ndarray, 'N1']
   document_bytes: Int[np.ndarray, 'N']
   digests: UInt8[np.ndarray, 'N 16']
   held_out: Bool[np.ndarray, 'N']
