@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax.kernels.residual.tpu import blocks, tokens
+from rla_jax.kernels.residual.tpu.backward import backward
 from rla_jax.kernels.residual.tpu.blocks import Blocks, Plan, Rule
 from rla_jax.kernels.residual.tpu.forward import forward
 from rla_jax.kernels.residual.tpu.inverse import prepare
@@ -79,7 +80,15 @@ def _forward_rule(plan, q, k, v, log_decay, beta, gamma, base, residual, segment
 
 
 def _backward_rule(plan, saved, cotangents):
-  raise NotImplementedError
+  q, k, v, log_decay, beta, gamma, segments, saved = saved
+  do, dbase, dresidual = cotangents
+  rows = tokens.token_rows(log_decay, beta, beta if gamma is None else gamma, segments, plan.chunk)
+  out = backward(plan, q, k, v, rows, saved, do, dbase, dresidual)
+  d_log_decay, d_beta, d_gamma = tokens.gate_gradients(out['d_rows'], log_decay, segments)
+  return (
+    out['dq'].astype(q.dtype), out['dk'].astype(k.dtype), out['dv'], d_log_decay, d_beta,
+    None if gamma is None else d_gamma, out['dbase'], out.get('dresidual'), None,
+  )  # fmt: skip
 
 
 _attend.defvjp(_forward_rule, _backward_rule)

@@ -116,7 +116,8 @@ def _chunk(ins, outs, n, h, plan):
   yield
 
   decay = tiles.decay_pair(c, chunk)
-  scores, read_base, read_residual = read_out(c, decay, gram[chunk:], rule)
+  unit, gate, read_base, read_residual = read_out(c, decay, rule)
+  scores = unit * gram[chunk:] * gate
   o = read_base * q_base
 
   if rule.delta:
@@ -158,20 +159,25 @@ def _chunk(ins, outs, n, h, plan):
   outs['o'][0, at, plan.values_of(h)] = o.astype(outs['o'].dtype)
 
 
-def read_out(c: tiles.Columns, decay, gram, rule: Rule):
-  """Equation 9: (scores [Ms | Mr] [C, 2C], row scale of Q S, row scale of Q R).
+def read_out(c: tiles.Columns, decay, rule: Rule):
+  """Equation 9 as factors of Q K^T, Q S and Q R, from decay = [Lx | Lx] [C, 2C].
 
-  Gated: Ms = strict(L * QK), Mr = g * lower(L * QK), scales E and g * E. Sum: Ms = strict(Lx * QK),
-  Mr = lower(L * QK), scales Ex and E. Without a residual: lower(L * QK) in both halves, and E.
+  Returns (unit, gate, scale of Q S, scale of Q R). The scores [Ms | Mr] are unit * QK * gate with
+  unit [strict(L) | lower(L)] and gate [1 | g]; the scales are E and g E. For the plain sum of
+  read-outs: unit [strict(Lx) | lower(L)], gate 1, scales Ex and E. Without a residual the first
+  half is lower(L) and the scale E.
   """
   chunk = decay.shape[0]
-  lane = iota(decay.shape, 1)
-  is_diagonal = iota(decay.shape, 0) == lane % chunk
   a, from_start = c[tokens.DECAY], c[tokens.FROM_START]
+  lane = iota(decay.shape, 1)
+  is_second = lane >= chunk
+  is_diagonal = iota(decay.shape, 0) == lane % chunk
+  lower = a * decay
   if not rule.residual:
-    return jnp.where(is_diagonal, 1.0, a * decay) * gram, a * from_start, None
-  s = a if rule.gated else jnp.ones_like(a)
-  g = c[tokens.GAMMA] if rule.gated else jnp.ones_like(a)
-  lower = jnp.where(lane < chunk, s, g * a) * decay
-  weight = jnp.where(is_diagonal & (lane >= chunk), g, lower)
-  return weight * gram, s * from_start, g * a * from_start
+    return jnp.where(is_diagonal, 1.0, lower), 1.0, a * from_start, None
+  if rule.gated:
+    g = c[tokens.GAMMA]
+    unit = jnp.where(is_diagonal & is_second, 1.0, lower)
+    return unit, jnp.where(is_second, g, 1.0), a * from_start, g * (a * from_start)
+  unit = jnp.where(is_second, jnp.where(is_diagonal, 1.0, lower), decay)
+  return unit, 1.0, from_start, a * from_start
