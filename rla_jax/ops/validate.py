@@ -47,10 +47,13 @@ def _options(update, clip, readout, chunk_size):
   if clip is not None:
     if isinstance(clip, jax.core.Tracer):
       raise ValueError('clip is traced; expected a Python number > 0, or None for no clipping')
-    clip = float(clip)
-    if not clip > 0:
-      raise ValueError(f'clip is {clip}; expected a number > 0, or None for no clipping')
-    clip = None if math.isinf(clip) else clip
+    try:
+      bound = float(clip)
+    except (TypeError, ValueError):
+      bound = math.nan
+    if not bound > 0:
+      raise ValueError(f'clip is {clip!r}; expected a number > 0, or None for no clipping')
+    clip = None if math.isinf(bound) else bound
   if readout not in ('gated', 'sum'):
     raise ValueError(f"readout is {readout!r}; expected 'gated' or 'sum'")
   if chunk_size is not None and (
