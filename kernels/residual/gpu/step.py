@@ -22,9 +22,12 @@ import triton.language as tl
 
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
 from rla_jax.kernels.residual.gpu.launch import launch
+from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.shapes import Array, Float
 
 MAX_SIZE = 256  # of K: a program holds two [K, 32] tiles in registers
+INPUTS = ('BGK', 'BGK', 'BHV', 'BH', 'BH', 'BH', 'BHKV', 'BHKV')
+OUTPUTS = ('BHV', 'BHKV', 'BHKV')
 
 
 @triton.jit
@@ -130,7 +133,7 @@ def residual_attention_step(
     update: 'additive' or 'delta'.
     clip: bound of the residual; None: off.
     readout: 'gated' or 'sum'; without a residual state always S_t^T q_t.
-    interpret: run the kernel on the host.
+    interpret: run the kernel on the host (on one device, or inside `shard_map`).
 
   Returns:
     o [B, H, V] in v's dtype, and both new states. Differentiable, by the plain step.
@@ -148,10 +151,10 @@ def residual_attention_step(
 
 @functools.cache
 def _step(update, clip, readout, interpret):
-  run = fold_into_batch(
-    functools.partial(_launch, update=update, clip=clip, readout=readout, interpret=interpret)
-  )
-  plain = functools.partial(_plain_step, update=update, clip=clip, readout=readout)
+  options = {'update': update, 'clip': clip, 'readout': readout}
+  run = functools.partial(_launch, **options, interpret=interpret)
+  run = fold_into_batch(over_batch_and_heads(run, INPUTS, OUTPUTS))
+  plain = functools.partial(_plain_step, **options)
   step = jax.custom_vjp(run)
   step.defvjp(
     lambda *arguments: (run(*arguments), arguments),
