@@ -1,5 +1,6 @@
 """The public operators: validate, canonicalise, choose an implementation, run it."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,7 +26,7 @@ _ARGUMENTS = """
     beta: write strength of the base state [B, T, H]; (0, 2) for negative eigenvalues. None: 1.
     gamma: write and read strength of the residual state [B, T, H]. None: the base model without a
       residual state, read out as o_t = S_t^T q_t.
-    clip: bound of the residual, > 0. None: no clipping. The gradient passes where |v - S^T k| < clip.
+    clip: bound of the residual, > 0. None: none. The gradient passes where |v - S^T k| < clip.
     initial_state: states before the first token, as returned by an earlier call. None: zeros.
     segment_ids: int [B, T]. Where the id changes both states are zero before that token; an initial
       state reaches the first segment only. What is not finite stays inside its segment.
@@ -202,7 +203,12 @@ def select_implementation(operator: str | Callable, *args, **kwargs) -> str:
 
 
 def states_at(
-  operator: Callable, positions: Sequence[int], *args, initial_state=None, segment_ids=None, **kwargs
+  operator: Callable,
+  positions: Sequence[int],
+  *args,
+  initial_state: ResidualState | None = None,
+  segment_ids: Segments | None = None,
+  **kwargs,
 ) -> tuple[Values, list[ResidualState]]:
   """Runs an operator and returns the states before chosen positions, for prefix caching.
 
@@ -228,7 +234,7 @@ def states_at(
     raise ValueError(f'positions is {positions}; expected increasing integers within [0, {length}]')
   cuts = [0, *(p for p in positions if 0 < p < length), length]
   state, outputs, found = initial_state, [], {}
-  for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+  for start, stop in itertools.pairwise(cuts):
     ids = None
     if segment_ids is not None:
       ids = segment_ids[:, start:stop]
@@ -284,17 +290,17 @@ def _abstractly(question: Callable[[Inputs, Options], object], operator, args, k
   defaults = {
     'clip': 1.0, 'initial_state': None, 'segment_ids': None, 'readout': 'gated', 'chunk_size': None
   }  # fmt: skip
-  unknown = set(kwargs) - set(defaults) - {'log_decay', 'beta', 'gamma'}
+  names = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')
+  unknown = set(kwargs) - set(defaults) - set(names)
   if unknown:
     raise ValueError(f'unknown arguments {sorted(unknown)}; expected those of {name}')
-  gates = {key: kwargs.pop(key) for key in ('log_decay', 'beta', 'gamma') if key in kwargs}
+  tokens = {key: kwargs.pop(key) for key in names if key in kwargs}
   static = {key: kwargs.pop(key) for key in ('clip', 'readout', 'chunk_size') if key in kwargs}
   answer = []
 
-  def trace(args, gates, arrays):
-    named = dict(zip(('q', 'k', 'v', 'log_decay', 'beta', 'gamma'), args, strict=False)) | gates
-    named = {key: named.get(key) for key in ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')}
+  def trace(args, tokens, arrays):
+    named = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | tokens
     answer.append(question(*canonicalise(_UPDATES[name], **named, **(defaults | static | arrays))))
 
-  jax.eval_shape(trace, args, gates, kwargs)
+  jax.eval_shape(trace, args, tokens, kwargs)
   return answer[0]

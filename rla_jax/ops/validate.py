@@ -155,9 +155,10 @@ def _check_floating(name, x):
 
 def _check_not_positive(log_decay):
   """A positive log decay grows the state without bound; seen only where values are at hand."""
-  if isinstance(log_decay, (np.ndarray, jax.Array)) and not isinstance(log_decay, jax.core.Tracer):
-    if log_decay.size and bool((log_decay > 0).any()):
-      largest = float(jnp.max(log_decay))
-      raise ValueError(
-        f'log_decay holds {largest:.6g}; expected natural logs of a decay in [0, 1], so values <= 0'
-      )
+  if isinstance(log_decay, jax.core.Tracer) or not isinstance(log_decay, (np.ndarray, jax.Array)):
+    return
+  if log_decay.size and bool((log_decay > 0).any()):
+    largest = float(jnp.max(log_decay))
+    raise ValueError(
+      f'log_decay holds {largest:.6g}; expected natural logs of a decay in [0, 1], so values <= 0'
+    )
