@@ -23,6 +23,9 @@ def over_batch_and_heads(function: Callable, inputs, outputs) -> Callable:
     outputs: the same for what it returns.
   """
 
+  def run(*arguments):  # custom_partitioning does not take functions with keywords
+    return function(*arguments)
+
   def call(*arguments):
     letters = _letters(inputs, arguments)
     sizes = {}
@@ -30,7 +33,7 @@ def over_batch_and_heads(function: Callable, inputs, outputs) -> Callable:
       sizes |= dict(zip(names, x.shape, strict=True))
     results = _letters(outputs, jax.eval_shape(function, *arguments))
     rule, options = _rule(letters, results, sizes)
-    split = custom_partitioning(function)
+    split = custom_partitioning(run)
     # Heads and groups are the only factors of a compound dimension, so their sizes are given.
     split.def_partition(partition=partition, sharding_rule=rule, **options)
     return split(*arguments)
@@ -39,7 +42,7 @@ def over_batch_and_heads(function: Callable, inputs, outputs) -> Callable:
     def shardings(tree):
       return jax.tree.map(lambda x: x.sharding, tree)
 
-    return mesh, function, shardings(results), tuple(shardings(arguments))
+    return mesh, run, shardings(results), tuple(shardings(arguments))
 
   return call
 
