@@ -11,7 +11,6 @@ gets the decay of its own channels, a pair of two blocks one factor up to the bo
 block and one from there on, both at most 1.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -50,8 +49,7 @@ def boundaries(segments_BC: Array, previous_B: Array) -> Boundaries:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Gram:
+class Gram(NamedTuple):
   """What a chunk needs of its queries, keys and decays; leading axes [B, H] throughout.
 
   Attributes:
