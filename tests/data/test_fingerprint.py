@@ -1,6 +1,7 @@
 """Everything that changes the data changes the fingerprint, and nothing else does."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -61,6 +62,22 @@ def test_one_byte_of_the_text(path, tmp_path):
   current = of(path=path)
   assert saved['files'] != current['files']
   assert saved['tokens'] != current['tokens']
+
+
+def test_damage_of_plain_text(tmp_path):
+  text = '\n'.join(words(60)).encode()
+  path = write(tmp_path / 'a.txt', text)
+  saved = of(path=str(path), document_separator='\n')
+  rng = random.Random(0)
+  damaged = [text[: rng.randrange(1000, len(text))] for _ in range(10)]
+  for _ in range(60):
+    flipped = bytearray(text)
+    flipped[rng.randrange(len(text))] ^= 1 << rng.randrange(8)
+    damaged.append(bytes(flipped))
+  for content in damaged:
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r'files: .* in the checkpoint'):
+      check_fingerprint(saved, of(path=str(path), document_separator='\n'))
 
 
 def test_what_does_not_matter(path, tmp_path):

@@ -65,6 +65,12 @@ def test_little_is_wasted(lengths, seq_len, seed):
   assert packing.starts.size == (-(-inputs // seq_len)).sum()
 
 
+def test_long_rests_are_placed_first():
+  # Placed in any other order, two rests of 4 can share a row, which leaves one of 6 alone.
+  documents = numbered([5, 5, 7, 7] * 5)
+  assert {pack(documents, 10, seed).num_rows for seed in range(10)} == {10}
+
+
 def test_seed_decides_who_shares_a_row():
   documents = numbered([6] * 40)
   one, again, other = (all_rows(pack(documents, 12, seed))['tokens'] for seed in (0, 0, 1))
