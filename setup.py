@@ -17,14 +17,16 @@ TRAIN = [
   'tokenizers>=0.21',
   'tqdm>=4.66',
 ]
-CUDA = ['jax[cuda13]', 'jax-triton>=0.3.1', 'triton>=3.6']
+# jax-triton 0.4.1 does not lower under jit on jax 0.12.
+CUDA = ['jax[cuda13]<0.12', 'jax-triton>=0.3.1,<0.4', 'triton>=3.6']
 TEST = [
   'hypothesis>=6.100',
+  'jax[tpu]',
   'jax-triton>=0.3.1',
-  'libtpu',
   'pytest>=8',
   'pytest-xdist>=3.6',
   'ruff==0.17.6',
+  'setuptools>=65',
   'triton>=3.6',
   'typeguard>=4.4',
   'wheel',
