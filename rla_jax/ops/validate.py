@@ -157,8 +157,12 @@ def _check_not_positive(log_decay):
   """A positive log decay grows the state without bound; seen only where values are at hand."""
   if isinstance(log_decay, jax.core.Tracer) or not isinstance(log_decay, (np.ndarray, jax.Array)):
     return
-  if log_decay.size and bool((log_decay > 0).any()):
+  if not log_decay.size:
+    return
+  # An array that a traced function closes over is at hand too.
+  with jax.ensure_compile_time_eval():
     largest = float(jnp.max(log_decay))
+  if largest > 0:
     raise ValueError(
       f'log_decay holds {largest:.6g}; expected natural logs of a decay in [0, 1], so values <= 0'
     )
