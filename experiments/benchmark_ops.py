@@ -213,8 +213,17 @@ def time_peers(chosen: list[Problem]) -> list[dict]:
   with tempfile.TemporaryDirectory() as folder:
     asked, answered = pathlib.Path(folder, 'problems.json'), pathlib.Path(folder, 'rows.json')
     asked.write_text(json.dumps(wanted))
-    script = pathlib.Path(__file__).parent / 'ops_benchmark' / 'peers.py'
-    done = subprocess.run([sys.executable, script, asked, answered], check=False)
+    script = pathlib.Path(__file__).resolve().parent / 'ops_benchmark' / 'peers.py'
+    # Off this repository's path: transformers would take its folder `kernels` for another package.
+    root = pathlib.Path(__file__).resolve().parents[1]
+    search = [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p]
+    search = os.pathsep.join(p for p in search if pathlib.Path(p).resolve() != root)
+    done = subprocess.run(
+      [sys.executable, script, asked, answered],
+      cwd=folder,
+      env=os.environ | {'PYTHONPATH': search},
+      check=False,
+    )
     if done.returncode:
       print(f'fla: stopped with exit status {done.returncode}; the rows before that are kept')
     lines = answered.read_text().splitlines() if answered.exists() else []
