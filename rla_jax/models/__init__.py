@@ -13,6 +13,7 @@
 
     cache = model.init_cache(batch_size, max_length)                 # no parameters needed
     logits_BTS, cache = model.apply(variables, tokens_BT, cache=cache)
+    logits_BS, cache = model.apply(variables, tokens_BT, None, cache, method='next_logits')
 
     count_parameters(config)                                          # abstract, costs nothing
     PRESETS['rdn_1p5b']                                               # the paper's, as ModelConfig

@@ -63,6 +63,16 @@ class LanguageModel(nn.Module):
     logits_BTS = self._logits(x_BTD)
     return logits_BTS if cache is None else (logits_BTS, cache)
 
+  def next_logits(
+    self, tokens: Tokens, segment_ids: Segments | None, cache: tuple
+  ) -> tuple[Float[Array, 'B S'], tuple]:
+    """Logits [B, S] after the last token only, and the new cache: what generation needs.
+
+    Arguments as for a call with a cache.
+    """
+    x_BTD, cache = self._trunk(tokens, segment_ids, cache)
+    return self._logits(x_BTD[:, -1:])[:, 0], cache
+
   def loss(
     self,
     tokens: Tokens,

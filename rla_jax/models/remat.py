@@ -3,13 +3,17 @@
     none    everything
     full    nothing but the layer's input: least memory, one more forward pass
     dots    the results of matrix products with weights; norms, gates and activations are repeated
-    names   what layers and kernels mark by `checkpoint_name`: the mixers' outputs and the states
-            between chunks, so that the recurrence is not run again
+    names   what layers and kernels mark by `checkpoint_name`: the outputs of the mixers, and what
+            the kernels' backward passes need of the forward ones, so that none is run again
 """
 
 import jax
 
-SAVED_NAMES = ('mixer_output', 'residual_output', 'residual_states')
+SAVED_NAMES = (
+  'mixer_output',
+  'residual_attention_output', 'residual_attention_saved',  # GPU kernels
+  'residual_states', 'residual_inverse', 'residual_solutions',  # TPU kernels
+)  # fmt: skip
 
 _POLICIES = {
   'full': jax.checkpoint_policies.nothing_saveable,
