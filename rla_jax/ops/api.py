@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from rla_jax.ops import dispatch, segments, step
-from rla_jax.ops.inputs import Inputs, Options, Readout, repeat_heads
+from rla_jax.ops import dispatch, segments
+from rla_jax.ops.inputs import Inputs, Options, Readout
 from rla_jax.ops.state import ResidualState
 from rla_jax.ops.validate import canonicalise, canonicalise_step
 from rla_jax.shapes import Array, Float, Gate, LogDecay, Queries, Segments, Values
@@ -130,12 +130,17 @@ def residual_linear_attention_step(
   *,
   clip: float | None = 1.0,
   readout: Readout = 'gated',
+  implementation: Implementation = None,
 ) -> tuple[Float[Array, 'B H V'], ResidualState]:
   """One token of `residual_linear_attention`, for decoding: arguments without their time axis.
 
-  Differentiable. Returns o [B, H, V] in v's dtype and the new state; raises as the operator does.
+  Differentiable. `implementation` is None for the best on this platform, 'reference', 'triton' or
+  'pallas'. Returns o [B, H, V] in v's dtype and the new state; raises as the operator does.
   """
-  return _step('additive', q, k, v, log_decay, beta, gamma, state, clip=clip, readout=readout)
+  return _step(
+    'additive', q, k, v, log_decay, beta, gamma, state, clip=clip, readout=readout,
+    implementation=implementation,
+  )  # fmt: skip
 
 
 def residual_delta_rule_step(
@@ -149,12 +154,17 @@ def residual_delta_rule_step(
   *,
   clip: float | None = 1.0,
   readout: Readout = 'gated',
+  implementation: Implementation = None,
 ) -> tuple[Float[Array, 'B H V'], ResidualState]:
   """One token of `residual_delta_rule`, for decoding: arguments without their time axis.
 
-  Differentiable. Returns o [B, H, V] in v's dtype and the new state; raises as the operator does.
+  Differentiable. `implementation` is None for the best on this platform, 'reference', 'triton' or
+  'pallas'. Returns o [B, H, V] in v's dtype and the new state; raises as the operator does.
   """
-  return _step('delta', q, k, v, log_decay, beta, gamma, state, clip=clip, readout=readout)
+  return _step(
+    'delta', q, k, v, log_decay, beta, gamma, state, clip=clip, readout=readout,
+    implementation=implementation,
+  )  # fmt: skip
 
 
 _UPDATES = {'residual_linear_attention': 'additive', 'residual_delta_rule': 'delta'}
@@ -265,20 +275,10 @@ def _run(update, q, k, v, *gates, implementation, **options) -> tuple[Values, Re
   return o_BTHV.astype(v.dtype), state
 
 
-def _step(update, q, k, v, log_decay, beta, gamma, state, **options):
+def _step(update, q, k, v, log_decay, beta, gamma, state, *, implementation, **options):
   inputs, options = canonicalise_step(update, q, k, v, log_decay, beta, gamma, state, **options)
-  heads = inputs.v.shape[1]
-  log_decay_BHK = inputs.log_decay if inputs.log_decay.ndim == 3 else inputs.log_decay[..., None]
-  state, o_BHV = step.advance(
-    inputs.state,
-    repeat_heads(inputs.q, heads),
-    repeat_heads(inputs.k, heads),
-    inputs.v,
-    log_decay_BHK,
-    inputs.beta,
-    inputs.gamma,
-    options,
-  )
+  name = dispatch.select_step(inputs, options, implementation)
+  o_BHV, state = dispatch.module(name).run_step(inputs, options)
   return o_BHV.astype(v.dtype), state
 
 

@@ -1,9 +1,10 @@
 """Which implementation serves a call: by platform, and by what each says it can do.
 
-An implementation is a module with two functions,
+An implementation is a module with two or three functions,
 
     unsupported(inputs, options) -> reason, or None if it serves the call
     run(inputs, options) -> (o, state)
+    run_step(inputs, options) -> (o, state)         one token; not all have it
 
 and is imported when it is first considered, so that no kernel library is needed to import ours.
 """
@@ -27,6 +28,11 @@ _PREFERRED = {
   'gpu': ('triton', 'chunked'),
   'cuda': ('triton', 'chunked'),
   'tpu': ('pallas', 'chunked'),
+}
+_PREFERRED_STEP = {
+  'gpu': ('triton', 'reference'),
+  'cuda': ('triton', 'reference'),
+  'tpu': ('pallas', 'reference'),
 }
 IMPLEMENTATIONS = tuple(_MODULES)
 
@@ -62,11 +68,20 @@ def select(
     refused[name] = _reason(name, inputs, options)
     if refused[name] is None:
       return name
-  why = '; '.join(f'{name!r}: {reason}' for name, reason in refused.items())
-  able = [name for name, reason in reasons(inputs, options).items() if reason is None]
-  raise NotImplementedError(
-    f'implementation={implementation!r} cannot serve this call ({why}). These can: {able}.'
-  )
+  raise _refusal(implementation, refused, lambda name: _reason(name, inputs, options))
+
+
+def select_step(
+  inputs: Inputs, options: Options, implementation: str | Sequence[str] | None = None
+) -> str:
+  """Name of the implementation that serves one step of decoding. Raises as `select` does."""
+  names = implementation or _PREFERRED_STEP.get(current_platform(), ('reference',))
+  refused = {}
+  for name in _candidates(names):
+    refused[name] = _step_reason(name, inputs, options)
+    if refused[name] is None:
+      return name
+  raise _refusal(implementation, refused, lambda name: _step_reason(name, inputs, options))
 
 
 def module(name: str):
@@ -89,3 +104,17 @@ def _candidates(implementation):
 
 def _reason(name, inputs, options):
   return module(name).unsupported(inputs, options)
+
+
+def _step_reason(name, inputs, options):
+  if not hasattr(module(name), 'run_step'):
+    return 'it has no form for a single token'
+  return _reason(name, inputs, options)
+
+
+def _refusal(implementation, refused, reason_of):
+  why = '; '.join(f'{name!r}: {reason}' for name, reason in refused.items())
+  able = [name for name in IMPLEMENTATIONS if reason_of(name) is None]
+  return NotImplementedError(
+    f'implementation={implementation!r} cannot serve this call ({why}). These can: {able}.'
+  )

@@ -1,10 +1,14 @@
 """From a canonical call to a kernel package, which knows nothing of this one."""
 
+import functools
 import importlib
 
+import jax
+
+from rla_jax.ops import reference
 from rla_jax.ops.inputs import Inputs, Options
 from rla_jax.ops.state import ResidualState
-from rla_jax.shapes import Values
+from rla_jax.shapes import Array, Values
 
 
 def unsupported(package: str, inputs: Inputs, options: Options) -> str | None:
@@ -38,3 +42,40 @@ def run(package: str, inputs: Inputs, options: Options) -> tuple[Values, Residua
     chunk_size=options.chunk_size,
   )
   return o_BTHV, ResidualState(base_BHKV, residual_BHKV)
+
+
+def run_step(package: str, inputs: Inputs, options: Options) -> tuple[Array, ResidualState]:
+  """Runs the decode kernel for one token; returns o [B, H, V] and the new state."""
+  return _step(package, options, inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _step(package, options, inputs):
+  o_BHV, base_BHKV, residual_BHKV = importlib.import_module(package).residual_attention_step(
+    inputs.q,
+    inputs.k,
+    inputs.v,
+    inputs.log_decay,
+    inputs.beta,
+    inputs.gamma,
+    inputs.state.base,
+    inputs.state.residual,
+    update=options.update,
+    clip=options.clip,
+    readout=options.readout,
+  )
+  return o_BHV, ResidualState(base_BHKV, residual_BHKV)
+
+
+def _step_forward(package, options, inputs):
+  return _step(package, options, inputs), inputs
+
+
+def _step_backward(package, options, inputs, cotangents):
+  """The gradient of one token is that of its definition."""
+  del package
+  _, transpose = jax.vjp(functools.partial(reference.run_step, options=options), inputs)
+  return transpose(cotangents)
+
+
+_step.defvjp(_step_forward, _step_backward)

@@ -18,3 +18,8 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
 def run(inputs: Inputs, options: Options):
   """Calls the kernels. Returns o [B, T, H, V] and the final state."""
   return kernel_call.run(PACKAGE, inputs, options)
+
+
+def run_step(inputs: Inputs, options: Options):
+  """Calls the decode kernel for one token. Returns o [B, H, V] and the new state."""
+  return kernel_call.run_step(PACKAGE, inputs, options)

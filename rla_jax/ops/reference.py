@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rla_jax.ops.inputs import Inputs, Options, repeat_heads
 from rla_jax.ops.state import ResidualState
 from rla_jax.ops.step import advance
-from rla_jax.shapes import Values
+from rla_jax.shapes import Array, Values
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
@@ -53,3 +53,14 @@ def _starts(segments_BT):
   if segments_BT is None:
     return None
   return jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+
+
+def run_step(inputs: Inputs, options: Options) -> tuple[Array, ResidualState]:
+  """Runs one token. Returns o [B, H, V] in v's dtype and the new state."""
+  heads = inputs.v.shape[1]
+  log_decay_BHK = inputs.log_decay if inputs.log_decay.ndim == 3 else inputs.log_decay[..., None]
+  q_BHK, k_BHK = repeat_heads(inputs.q, heads), repeat_heads(inputs.k, heads)
+  state, o_BHV = advance(
+    inputs.state, q_BHK, k_BHK, inputs.v, log_decay_BHK, inputs.beta, inputs.gamma, options
+  )
+  return o_BHV.astype(inputs.v.dtype), state
