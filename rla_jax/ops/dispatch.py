@@ -38,13 +38,16 @@ IMPLEMENTATIONS = tuple(_MODULES)
 
 
 def current_platform() -> str:
-  """Platform that the call is traced for: that of the mesh in force, else JAX's default backend.
+  """Platform that the call is traced for: of the mesh in force, the default device, the backend.
 
   The mesh comes first so that a program can be compiled for devices that are not attached.
   """
-  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
-  platform = getattr(device, 'platform', None)
-  return platform or jax.default_backend()
+  mesh_device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  for device in (mesh_device, jax.config.jax_default_device):
+    platform = device if isinstance(device, str) else getattr(device, 'platform', None)
+    if platform:
+      return platform
+  return jax.default_backend()
 
 
 def reasons(inputs: Inputs, options: Options) -> dict[str, str | None]:
