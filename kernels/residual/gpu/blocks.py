@@ -22,7 +22,8 @@ class Blocks:
   """Block sizes of one call.
 
   Attributes:
-    chunk: tokens of a chunk, a power of two from 16 to 64.
+    chunk: tokens of a chunk of the sequential kernels, 16, 32 or 64.
+    span: chunks from one saved state to the next; `gradients` works on chunk * span tokens.
     prepare: launch of kernel A (its value tile is not used).
     forward: launch of kernel B.
     sweep: launch of the sequential part of the backward pass.
@@ -32,6 +33,7 @@ class Blocks:
   """
 
   chunk: int
+  span: int
   prepare: Kernel
   forward: Kernel
   sweep: Kernel
@@ -51,23 +53,31 @@ def heuristic(
   """Block sizes for a call of `heads` (batch times heads) sequences of `length` tokens."""
   wide = jnp.dtype(dtype).itemsize == 4
   key_block = max(16, 1 << (key_dim - 1).bit_length())
-  chunk = 32 if wide or key_block > 128 else 64
-  tile = max(16, min(64, 1 << (value_dim - 1).bit_length()))
-  if wide or key_block > 128:
-    tile = min(tile, 32)
-  while tile > 16 and heads * -(-value_dim // tile) < 120:
-    tile //= 2
-  warps = 8 if key_block > 128 else 4
-  loop = Kernel(tile, warps, 1 if wide else 2)
-  pieces = 8 if length >= 2048 else 1
+  large = wide or key_block > 128
+  tile = max(16, min(16 if large else 64, 1 << (value_dim - 1).bit_length()))
+  warps = max(1, tile // 16)
+  loop = Kernel(tile, warps, 2)
   return Blocks(
-    chunk, Kernel(0, 4, 1), loop, loop, Kernel(16 if wide else 64, 8, 1), pieces
+    chunk=16 if large else 32,
+    span=2,
+    prepare=Kernel(0, 4, 1),
+    forward=loop,
+    sweep=loop,
+    gradients=Kernel(16 if large else 32, 4, 2),
+    pieces=8 if length >= 2048 else 1,
   )
 
 
+def table_path(device_kind: str) -> pathlib.Path:
+  """File of the tuned table of a card, as JAX names it: 'NVIDIA H200' has tuned/h200.json."""
+  name = device_kind.lower().replace('nvidia', '').strip().replace(' ', '_')
+  return pathlib.Path(__file__).parent / 'tuned' / f'{name}.json'
+
+
 @functools.cache
-def _tuned(device: str) -> dict:
-  path = pathlib.Path(__file__).parent / 'tuned' / f'{device}.json'
+def tuned_table(device_kind: str) -> dict:
+  """Records of `Blocks` by `tuned_key`, empty for a card that nobody has tuned."""
+  path = table_path(device_kind)
   return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -82,6 +92,5 @@ def tuned_key(
 
 def choose(device_kind: str | None, **call) -> Blocks:
   """The tuned block sizes of a call if the card's table has them, else the heuristic's."""
-  device = (device_kind or '').lower().replace('nvidia', '').strip().replace(' ', '_')
-  record = _tuned(device).get(tuned_key(**call))
+  record = tuned_table(device_kind).get(tuned_key(**call)) if device_kind else None
   return Blocks.from_json(record) if record else heuristic(**call)
