@@ -93,24 +93,25 @@ def backward_kernel(*refs, plan: Plan, inputs: tuple[str, ...], outputs: tuple[s
 
   def body(i, _):
     n = plan.chunks - 1 - i
-    tiles.interleave(_chunk(ins, outs, n, h, plan) for h in range(plan.heads))
+    scalars = tiles.scalars(ins['rows'], n, plan.heads)
+    tiles.interleave(_chunk(ins, outs, c, n, h, plan) for h, c in enumerate(scalars))
     return 0
 
   jax.lax.fori_loop(0, plan.chunks, body, 0)
 
 
-def _chunk(ins, outs, n, h, plan):
+def _chunk(ins, outs, c, n, h, plan):
   """One chunk of one head; a generator that yields between dependent products."""
   rule, chunk, at = plan.rule, plan.chunk, plan.tokens_of(n)
   values = lambda name: ins[name][0, at, plan.values_of(h)]
   q, k = ins['q'][0, at, plan.keys_of(h)], ins['k'][0, at, plan.keys_of(h)]
   dtype = q.dtype
   v, do = values('v').astype(jnp.float32), values('do')
-  c = tiles.Columns(ins['rows'][0, h, n])
-  a, b, g, from_start = (
-    c[i] for i in (tokens.DECAY, tokens.BETA, tokens.GAMMA, tokens.FROM_START)
+  a, b, g, from_start, to_end = (
+    c.column(i, plan.value_dim)
+    for i in (tokens.DECAY, tokens.BETA, tokens.GAMMA, tokens.FROM_START, tokens.TO_END)
   )
-  e, to_end, keep = a * from_start, c[tokens.TO_END], c.whole_chunk()
+  e, keep = a * from_start, c.whole_chunk()
   multiply = functools.partial(dot, dtype=dtype)
 
   kq = jnp.concatenate([k, q])
@@ -133,7 +134,7 @@ def _chunk(ins, outs, n, h, plan):
 
   # What the forward pass had: U, W and the mask of the clip.
   decay = tiles.decay_pair(c, chunk)
-  unit, gate, read_base, read_residual = read_out(c, decay, rule)
+  unit, gate, read_base, read_residual = read_out(c, decay, plan)
   decay = decay[:, :chunk]
   unit_scores = unit * gram[chunk:]
   scores = unit_scores * gate
@@ -159,7 +160,7 @@ def _chunk(ins, outs, n, h, plan):
   yield
 
   du = d_uw[:chunk] + to_end * k_dbase
-  d_gamma = jnp.zeros_like(g)
+  d_gamma = jnp.zeros((chunk, 1), jnp.float32)
   if rule.residual:
     dw = d_uw[chunk:] + to_end * k_dresidual
     dz, d_strength = g * dw, dw
@@ -233,7 +234,7 @@ def _chunk(ins, outs, n, h, plan):
     residual_row = e * q_residual * do
     if rule.gated:
       d_gamma = d_gamma + _row_sums(residual_row) + _row_sums(second)
-      tile_upto += [first, g * second]
+      tile_upto += [first, c.column(tokens.GAMMA, chunk) * second]
       row_upto += [read_row, g * residual_row]
     else:
       tile_before += [first]
@@ -253,7 +254,7 @@ def _chunk(ins, outs, n, h, plan):
   carried = to_end * carried
   at_end = _total(carried) + keep * kept
   d_upto = _row_sums(sum(tile_upto)) + _row_sums(sum(row_upto) - carried)
-  d_before = jnp.zeros_like(g)
+  d_before = jnp.zeros((chunk, 1), jnp.float32)
   if rule.residual:
     d_before = _row_sums(sum(tile_before)) + _row_sums(sum(row_before))
   columns = -jnp.sum(sum(tile_upto + tile_before), axis=0, keepdims=True)

@@ -82,22 +82,22 @@ def forward_kernel(*refs, plan: Plan, save: bool):
       outs['residual'][...] = first_residual[...]
 
   def body(n, _):
-    tiles.interleave(_chunk(ins, outs, n, h, plan) for h in range(plan.heads))
+    scalars = tiles.scalars(ins['rows'], n, plan.heads)
+    tiles.interleave(_chunk(ins, outs, c, n, h, plan) for h, c in enumerate(scalars))
     return 0
 
   jax.lax.fori_loop(0, plan.chunks, body, 0)
 
 
-def _chunk(ins, outs, n, h, plan):
+def _chunk(ins, outs, c, n, h, plan):
   """One chunk of one head; a generator that yields between dependent products."""
   rule, chunk, at = plan.rule, plan.chunk, plan.tokens_of(n)
   q, k = ins['q'][0, at, plan.keys_of(h)], ins['k'][0, at, plan.keys_of(h)]
   v = ins['v'][0, at, plan.values_of(h)].astype(jnp.float32)
-  c = tiles.Columns(ins['rows'][0, h, n])
   dtype = q.dtype
   kq = jnp.concatenate([k, q])
-  b, from_start = c[tokens.BETA], c[tokens.FROM_START]
-  e = c[tokens.DECAY] * from_start
+  a = c.column(tokens.DECAY, plan.value_dim)
+  from_start = c.column(tokens.FROM_START, plan.value_dim)
 
   base = outs['base'][0, h]
   base_low = base.astype(dtype)
@@ -116,50 +116,47 @@ def _chunk(ins, outs, n, h, plan):
   yield
 
   decay = tiles.decay_pair(c, chunk)
-  unit, gate, read_base, read_residual = read_out(c, decay, rule)
-  scores = unit * gram[chunk:] * gate
+  unit, gate, read_base, read_residual = read_out(c, decay, plan)
+  # The gates of what is written go to the lanes of the tiles, so that F is an operand as it is.
+  scores = unit * gram[chunk:] * gate * c.rows(tokens.BETA, tokens.GAMMA)
   o = read_base * q_base
-
+  k_base = from_start * k_base
+  f_base = v
   if rule.delta:
     inverse = ins['inverse'][0, h, n]
-    f_base = dot(inverse[:, :chunk], v - e * k_base, dtype=dtype).astype(dtype)
-    if outs['f_base'] is not None:
-      outs['f_base'][0, at, plan.values_of(h)] = f_base
+    f_base = dot(inverse[:, :chunk], v - a * k_base, dtype=dtype)
     yield
-    u = b * f_base.astype(jnp.float32)
-  else:
-    u = b * v
-  to_end = c[tokens.TO_END]
-  keep = c.whole_chunk()
-  writes = dot(k, to_end * u, TN, dtype=dtype)
+  f_base = f_base.astype(dtype)
+  if outs['f_base'] is not None:
+    outs['f_base'][0, at, plan.values_of(h)] = f_base
+  k_t = k.T.astype(jnp.float32)
+  to_end, keep = c.row(tokens.TO_END), c.whole_chunk()
+  writes = dot(k_t * (to_end * c.row(tokens.BETA)), f_base, dtype=dtype)
   outs['base'][0, h] = jnp.where(keep > 0, keep * base, 0.0) + writes
   if not rule.residual:
-    outs['o'][0, at, plan.values_of(h)] = (
-      o + dot(scores[:, :chunk], u, dtype=dtype)
-    ).astype(outs['o'].dtype)
+    o = o + dot(scores[:, :chunk], f_base, dtype=dtype)
+    outs['o'][0, at, plan.values_of(h)] = o.astype(outs['o'].dtype)
     return
 
-  u = u.astype(dtype)
-  p = from_start * k_base + dot((decay * gram[:chunk])[:, :chunk], u, dtype=dtype)
+  px = decay * gram[:chunk] * c.rows(tokens.BETA, tokens.BETA)
+  p = k_base + dot(px[:, :chunk], f_base, dtype=dtype)
   yield
-  r = v - p if rule.clip is None else jnp.clip(v - p, -rule.clip, rule.clip)
-  g = c[tokens.GAMMA]
+  f_residual = v - p if rule.clip is None else jnp.clip(v - p, -rule.clip, rule.clip)
   if rule.delta:
-    f_residual = dot(inverse[:, chunk:], r - e * k_residual, dtype=dtype).astype(dtype)
-    if outs['f_residual'] is not None:
-      outs['f_residual'][0, at, plan.values_of(h)] = f_residual
+    k_residual = a * from_start * k_residual
+    f_residual = dot(inverse[:, chunk:], f_residual - k_residual, dtype=dtype)
     yield
-    w = g * f_residual.astype(jnp.float32)
-  else:
-    w = g * r
-  writes = dot(k, to_end * w, TN, dtype=dtype)
+  f_residual = f_residual.astype(dtype)
+  if outs['f_residual'] is not None:
+    outs['f_residual'][0, at, plan.values_of(h)] = f_residual
+  writes = dot(k_t * (to_end * c.row(tokens.GAMMA)), f_residual, dtype=dtype)
   outs['residual'][0, h] = jnp.where(keep > 0, keep * residual, 0.0) + writes
   o = o + read_residual * q_residual
-  o = o + dot(scores, jnp.concatenate([u, w.astype(dtype)]), dtype=dtype)
+  o = o + dot(scores, jnp.concatenate([f_base, f_residual]), dtype=dtype)
   outs['o'][0, at, plan.values_of(h)] = o.astype(outs['o'].dtype)
 
 
-def read_out(c: tiles.Columns, decay, rule: Rule):
+def read_out(c: tiles.Scalars, decay, plan: Plan):
   """Equation 9 as factors of Q K^T, Q S and Q R, from decay = [Lx | Lx] [C, 2C].
 
   Returns (unit, gate, scale of Q S, scale of Q R). The scores [Ms | Mr] are unit * QK * gate with
@@ -167,17 +164,19 @@ def read_out(c: tiles.Columns, decay, rule: Rule):
   read-outs: unit [strict(Lx) | lower(L)], gate 1, scales Ex and E. Without a residual the first
   half is lower(L) and the scale E.
   """
-  chunk = decay.shape[0]
-  a, from_start = c[tokens.DECAY], c[tokens.FROM_START]
+  rule, chunk = plan.rule, plan.chunk
+  a, g, from_start = (
+    functools.partial(c.column, i) for i in (tokens.DECAY, tokens.GAMMA, tokens.FROM_START)
+  )
   lane = iota(decay.shape, 1)
   is_second = lane >= chunk
   is_diagonal = iota(decay.shape, 0) == lane % chunk
-  lower = a * decay
+  lower = a(2 * chunk) * decay
+  first = from_start(plan.value_dim)
+  e = a(plan.value_dim) * first
   if not rule.residual:
-    return jnp.where(is_diagonal, 1.0, lower), 1.0, a * from_start, None
+    return jnp.where(is_diagonal, 1.0, lower), 1.0, e, None
   if rule.gated:
-    g = c[tokens.GAMMA]
     unit = jnp.where(is_diagonal & is_second, 1.0, lower)
-    return unit, jnp.where(is_second, g, 1.0), a * from_start, g * (a * from_start)
-  unit = jnp.where(is_second, jnp.where(is_diagonal, 1.0, lower), decay)
-  return unit, 1.0, from_start, a * from_start
+    return unit, jnp.where(is_second, g(2 * chunk), 1.0), e, g(plan.value_dim) * e
+  return jnp.where(is_second, jnp.where(is_diagonal, 1.0, lower), decay), 1.0, first, e

@@ -52,20 +52,20 @@ def prepare_kernel(k_ref, rows_ref, inverse_ref, *, plan: Plan):
   """One grid step: k [1, c C, keys K], rows [1, h, c, R, C]; out: inverse [1, h, c, C, 2 C]."""
 
   def body(n, _):
-    tiles.interleave(_prepare(k_ref, rows_ref, inverse_ref, n, h, plan) for h in range(plan.heads))
+    scalars = tiles.scalars(rows_ref, n, plan.heads)
+    tiles.interleave(_prepare(k_ref, c, inverse_ref, n, h, plan) for h, c in enumerate(scalars))
     return 0
 
   jax.lax.fori_loop(0, plan.chunks, body, 0)
 
 
-def _prepare(k_ref, rows_ref, inverse_ref, n, h, plan):
+def _prepare(k_ref, c, inverse_ref, n, h, plan):
   dtype = k_ref.dtype
   k = k_ref[0, plan.tokens_of(n), plan.keys_of(h)]
-  c = tiles.Columns(rows_ref[0, h, n])
   gram = dot(k, jnp.concatenate([k, k]), NT, dtype=dtype)
   yield
-  gates = jnp.concatenate([c.row(tokens.BETA), c.row(tokens.GAMMA)], axis=1)
-  n_pair = gram * tiles.decay_pair(c, plan.chunk) * (c[tokens.DECAY] * gates)
+  gates = c.column(tokens.DECAY, 2 * plan.chunk) * c.rows(tokens.BETA, tokens.GAMMA)
+  n_pair = gram * tiles.decay_pair(c, plan.chunk) * gates
   yield
   inverse = yield from invert_pair(n_pair, split=dtype != jnp.float32)
   inverse_ref[0, h, n] = inverse.astype(inverse_ref.dtype)

@@ -4,6 +4,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from rla_jax.kernels.residual.tpu import tokens
+from rla_jax.kernels.residual.tpu.tokens import ROWS
+
+LANES = 128
 
 # Which dimension of each operand is summed over.
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
@@ -23,20 +26,29 @@ def iota(shape, axis):
   return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-class Columns:
-  """The scalars of one chunk of one head, as columns [C, 1] and rows [1, C]."""
+class Scalars:
+  """The scalars of one chunk of one head, along the lanes or along the sublanes."""
 
-  def __init__(self, rows_RC):
-    self._rows = rows_RC
-    self._columns = rows_RC.T
-    # A cut between a token's prediction and its write: its decay is zero.
-    self.cuts_after = self.row(tokens.CUTS_BEFORE) + jnp.where(self.row(tokens.DECAY) == 0, 1.0, 0.0)
+  def __init__(self, rows_RC, columns_CR):
+    self._rows, self._columns = rows_RC, columns_CR
+    self._wide = {}
 
   def row(self, index):
+    """Token j's scalar in lane j: [1, C]."""
     return self._rows[index : index + 1]
 
-  def __getitem__(self, index):
-    return self._columns[:, index : index + 1]
+  def rows(self, *indices):
+    """Rows side by side: [1, len(indices) * C]."""
+    return jnp.concatenate([self.row(index) for index in indices], axis=1)
+
+  def column(self, index, lanes):
+    """Token i's scalar in all lanes of sublane i: [C, lanes]."""
+    # Spreading a scalar over lanes is work for the cross-lane unit: done once a scalar.
+    if index not in self._wide:
+      column = self._columns[:, index : index + 1]
+      self._wide[index] = jnp.broadcast_to(column, (column.shape[0], LANES))
+    whole = [self._wide[index]] * -(-lanes // LANES)
+    return jnp.concatenate(whole, axis=1)[:, :lanes]
 
   def whole_chunk(self):
     """exp(G_C): what a state keeps across the chunk, [1, 1]."""
@@ -44,16 +56,22 @@ class Columns:
     return last[tokens.DECAY : tokens.DECAY + 1] * last[tokens.FROM_START : tokens.FROM_START + 1]
 
 
-def twice(row):
-  """A row [1, C] beside itself: [1, 2C]."""
-  return jnp.concatenate([row, row], axis=1)
+def scalars(rows_ref, n, heads: int) -> list[Scalars]:
+  """The scalars of chunk n of every head of a block: one transposition serves all heads."""
+  rows = [rows_ref[0, h, n] for h in range(heads)]
+  columns = jnp.concatenate(rows).T
+  return [Scalars(row, columns[:, h * ROWS : (h + 1) * ROWS]) for h, row in enumerate(rows)]
 
 
-def decay_pair(columns: Columns, chunk: int):
+def decay_pair(c: Scalars, chunk: int):
   """[Lx | Lx] [C, 2C]: Lx_ij = exp(Gx_i - G_j) for i > j with no cut between, else 0."""
   shape = (chunk, 2 * chunk)
-  exponent = columns[tokens.DECAY_BEFORE] - twice(columns.row(tokens.DECAY_UPTO))
-  joined = columns[tokens.CUTS_BEFORE] == twice(columns.cuts_after)
+  before, upto = tokens.DECAY_BEFORE, tokens.DECAY_UPTO
+  exponent = c.column(before, 2 * chunk) - c.rows(upto, upto)
+  # A cut between a token's prediction and its write: its decay is zero.
+  cuts, decay = (c.rows(i, i) for i in (tokens.CUTS_BEFORE, tokens.DECAY))
+  cuts = cuts + jnp.where(decay == 0, 1.0, 0.0)
+  joined = c.column(tokens.CUTS_BEFORE, 2 * chunk) == cuts
   joined &= iota(shape, 0) > iota(shape, 1) % chunk
   # An exponent outside the mask may be positive and overflow; the select drops it.
   return jnp.where(joined, jnp.exp(exponent), 0.0)
