@@ -120,14 +120,14 @@ def hash_files(paths: Sequence[pathlib.Path]) -> list[SourceFile]:
 def read_documents(files: Sequence[SourceFile], config: DataConfig) -> Iterator[Document]:
   """Yields the documents of the files in order; empty ones are left out.
 
-  Shows a progress bar where stderr is a terminal.
+  Shows a progress bar after a second, where stderr is a terminal.
 
   Raises:
     DataError: a file cannot be read, is truncated or damaged, or a jsonl line is not what it
       should be. Names file and line.
   """
   total = sum(f.size for f in files)
-  with tqdm(total=total, unit='B', unit_scale=True, desc='tokenising', disable=None) as bar:
+  with tqdm(total=total, unit='B', unit_scale=True, desc='tokenising', delay=1, disable=None) as bar:
     for file in files:
       read = _read_jsonl if _is_jsonl(file.path, config.format) else _read_text
       with _opened(file.path) as raw:
