@@ -154,7 +154,7 @@ def _step(update, clip, readout, interpret):
   options = {'update': update, 'clip': clip, 'readout': readout}
   run = functools.partial(_launch, **options, interpret=interpret)
   run = fold_into_batch(over_batch_and_heads(run, INPUTS, OUTPUTS))
-  plain = functools.partial(_plain_step, **options)
+  plain = functools.partial(plain_step, **options)
   step = jax.custom_vjp(run)
   step.defvjp(
     lambda *arguments: (run(*arguments), arguments),
@@ -195,11 +195,11 @@ def _launch(q, k, v, log_decay, beta, gamma, base, residual, *, update, clip, re
   return o, base, residual if has_residual else None
 
 
-def _plain_step(q, k, v, log_decay, beta, gamma, base, residual, *, update, clip, readout):
-  """The same in plain JAX, for the gradient."""
+def plain_step(q, k, v, log_decay, beta, gamma, base, residual, *, update, clip, readout):
+  """The same in plain JAX, in the states' dtype: for the gradient, and to check kernels by."""
   group = v.shape[1] // k.shape[1]
-  q, k = (jnp.repeat(x.astype(jnp.float32), group, axis=1) for x in (q, k))
-  dtype, v = v.dtype, v.astype(jnp.float32)
+  q, k = (jnp.repeat(x.astype(base.dtype), group, axis=1) for x in (q, k))
+  dtype, v = v.dtype, v.astype(base.dtype)
   decay = jnp.exp(log_decay)[..., None]
 
   def read(state, x):
