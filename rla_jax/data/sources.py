@@ -127,7 +127,9 @@ def read_documents(files: Sequence[SourceFile], config: DataConfig) -> Iterator[
       should be. Names file and line.
   """
   total = sum(f.size for f in files)
-  with tqdm(total=total, unit='B', unit_scale=True, desc='tokenising', delay=1, disable=None) as bar:
+  with tqdm(
+    total=total, unit='B', unit_scale=True, desc='tokenising', delay=1, disable=None
+  ) as bar:
     for file in files:
       read = _read_jsonl if _is_jsonl(file.path, config.format) else _read_text
       with _opened(file.path) as raw:
