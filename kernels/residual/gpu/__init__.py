@@ -109,7 +109,7 @@ def residual_attention(
     length=T,
   )
   if chunk_size is not None:
-    chosen = dataclasses.replace(chosen, chunk=chunk_size)
+    chosen = dataclasses.replace(chosen, chunk=chunk_size, span=max(1, 64 // chunk_size))
   config = call.Config(
     delta=update == 'delta',
     residual=gamma_BTH is not None,

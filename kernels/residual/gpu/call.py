@@ -113,8 +113,9 @@ def _forward(config: Config, save: bool):
   def run(q, k, v, log_decay, beta, gamma, base, residual, segments):
     B, T, G, K = k.shape
     H, V = v.shape[2:]
-    C, blocks = config.blocks.chunk, config.blocks.forward
-    N = -(-T // C)
+    C, span, blocks = config.blocks.chunk, config.blocks.span, config.blocks.forward
+    spans = -(-T // (C * span))
+    N = spans * span
     matrices_BHNMCC, gates_BHNRC = _prepare(
       config, q, k, log_decay, beta, gamma, segments, 0, N, False
     )
@@ -133,11 +134,12 @@ def _forward(config: Config, save: bool):
       base,
       base if residual is None else residual,
       T,
+      N,
       out_shape=(
         _array(value, v.dtype),
         _array(base.shape, jnp.float32),
         _array(base.shape if config.residual else nothing, jnp.float32),
-        _array((B, H, N, states, K, V) if save else nothing, v.dtype),
+        _array((B, H, spans, states, V, K) if save else nothing, v.dtype),
         _array(value if has_base_error else nothing, v.dtype),
         _array(value if has_residual_error else nothing, v.dtype),
         _array(value if has_passes else nothing, jnp.int8),
@@ -151,13 +153,14 @@ def _forward(config: Config, save: bool):
       K=K,
       V=V,
       C=C,
+      SPAN=span,
       BLOCK_K=_block(K),
       BLOCK_V=blocks.value,
       DELTA=config.delta,
       RESIDUAL=config.residual,
       CLIP=config.clip,
       SAVE=save,
-      EVEN=_is_even(T, C, K, V, blocks.value),
+      EVEN=_is_even(T, C * span, K, V, blocks.value),
       PRECISION=_precision(v.dtype),
     )
     kept = (
@@ -172,8 +175,8 @@ def _forward(config: Config, save: bool):
   return fold_into_batch(run)
 
 
-def _is_even(T, C, K, V, block_v):
-  return T % C == 0 and K == _block(K) and V % block_v == 0
+def _is_even(T, tokens, K, V, block_v):
+  return T % tokens == 0 and _block(K) == K and V % block_v == 0
 
 
 @functools.cache
@@ -181,18 +184,17 @@ def _backward(config: Config):
   def run(inputs, saved, cotangents):
     q, k, v, log_decay, beta, gamma, segments = inputs
     do, dbase, dresidual = cotangents
-    B, T, H, V = v.shape
+    B, T, H, _ = v.shape
     G, K = k.shape[2:]
-    C = config.blocks.chunk
-    N = -(-T // C)
-    pieces = min(config.blocks.pieces, N)
-    size = -(-N // pieces)
+    span = config.blocks.span
+    spans = -(-T // (config.blocks.chunk * span))
+    size = -(-spans // min(config.blocks.pieces, spans))
     dq_dk_dv = None
     gates = []
-    for first in reversed(range(0, N, size)):
-      piece = (first, min(size, N - first))
+    for first in reversed(range(0, spans, size)):
+      piece = (first, min(size, spans - first))
       matrices_BHNMCC, gates_BHNRC = _prepare(
-        config, q, k, log_decay, beta, gamma, segments, *piece, True
+        config, q, k, log_decay, beta, gamma, segments, first * span, piece[1] * span, True
       )
       dstates, errors, dbase, dresidual = _sweep(
         config, q, k, do, matrices_BHNMCC, gates_BHNRC, saved[3], dbase, dresidual, *piece
@@ -214,11 +216,11 @@ def _backward(config: Config):
   return fold_into_batch(run)
 
 
-def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresidual, first, chunks):
+def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresidual, first, spans):
   B, T, H, V = do.shape
   G, K = k.shape[2:]
-  C, blocks = config.blocks.chunk, config.blocks.sweep
-  value, nothing = (B, chunks * C, H, V), (1,)
+  C, span, blocks = config.blocks.chunk, config.blocks.span, config.blocks.sweep
+  value, nothing = (B, spans * span * C, H, V), (1,)
   residual = config.residual
   dstates, dy, dz, dinnovation, dbase, dresidual = launch(
     sweep_kernel,
@@ -231,10 +233,10 @@ def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresid
     dbase,
     dresidual if residual else dbase,
     T,
-    first,
-    chunks,
+    first * span,
+    spans * span,
     out_shape=(
-      _array((B, H, chunks, 1 + residual, K, V), do.dtype),
+      _array((B, H, spans, 1 + residual, V, K), do.dtype),
       _array(value, do.dtype),
       _array(value if residual else nothing, do.dtype),
       _array(value if residual else nothing, do.dtype),
@@ -250,26 +252,27 @@ def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresid
     K=K,
     V=V,
     C=C,
+    SPAN=span,
     BLOCK_K=_block(K),
     BLOCK_V=blocks.value,
     DELTA=config.delta,
     RESIDUAL=residual,
     CLIP=config.clip,
-    EVEN=_is_even(T, C, K, V, blocks.value),
+    EVEN=_is_even(T, C * span, K, V, blocks.value),
     PRECISION=_precision(do.dtype),
   )
   return dstates, (dy, dz, dinnovation), dbase, dresidual if residual else None
 
 
-def _gradients(config, inputs, do, saved, dstates, errors, before, first, chunks):
+def _gradients(config, inputs, do, saved, dstates, errors, before, first, spans):
   q, k, v, log_decay, beta, gamma, segments = inputs
   states, base_error, residual_error, _ = saved
   B, T, H, V = v.shape
   G, K = k.shape[2:]
-  C, blocks = config.blocks.chunk, config.blocks.gradients
+  C, blocks = config.blocks.chunk * config.blocks.span, config.blocks.gradients
   # Without a delta rule the written value is v, that of the residual state r.
   base_error = v if base_error is None else base_error
-  gate = _array((B, chunks * C, H), jnp.float32)
+  gate = _array((B, spans * C, H), jnp.float32)
   arrays = (
     q,
     k,
@@ -299,7 +302,7 @@ def _gradients(config, inputs, do, saved, dstates, errors, before, first, chunks
       gate,
       gate if config.residual else _array((1,), jnp.float32),
     ),
-    grid=(chunks, B * H),
+    grid=(spans, B * H),
     num_warps=blocks.warps,
     num_stages=blocks.stages,
     aliases=None if before is None else {place: 0, place + 1: 1, place + 2: 2},

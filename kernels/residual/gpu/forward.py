@@ -1,16 +1,23 @@
-"""Kernel B: walks the chunks of one head and value tile with both states in registers."""
+"""Kernel B: walks the chunks of one head and value tile with both states in registers.
+
+States and all products with them are held transposed, [values, keys] and [values, tokens]: then the
+left operand of every product on the dependent chain comes out of registers as it is, as in flash
+attention, and no chunk waits for shared memory between its products.
+"""
 
 import triton
 import triton.language as tl
 
 from rla_jax.kernels.residual.gpu.tiles import (
-  BETA,
-  DECAY_IN,
-  DECAY_IN_BEFORE,
-  DECAY_OUT,
-  GAMMA,
+  BASE_BEFORE,
+  BASE_IN,
+  BASE_OUT,
   GATES,
-  SELF,
+  RESIDUAL_IN,
+  RESIDUAL_OUT,
+  RESIDUAL_READ,
+  load_tile,
+  store_tile,
 )
 
 ROWS = tl.constexpr(GATES)
@@ -26,6 +33,7 @@ def forward_kernel(
   base_ptr,
   residual_ptr,
   T,
+  chunks,
   o_ptr,
   base_out_ptr,
   residual_out_ptr,
@@ -38,6 +46,7 @@ def forward_kernel(
   K: tl.constexpr,
   V: tl.constexpr,
   C: tl.constexpr,
+  SPAN: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
   DELTA: tl.constexpr,
@@ -47,10 +56,12 @@ def forward_kernel(
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
-  """Grid (value tiles, B * H). Letters as in the chunk form: F = U / b, or W / g."""
+  """Grid (value tiles, B * H). Letters as in the chunk form: F = U / b, or W / g.
+
+  SAVE keeps what the backward pass reads, the states before every SPAN-th chunk among it.
+  """
   batch = tl.program_id(1) // H
   head = tl.program_id(1) % H
-  chunks = tl.cdiv(T, C)
   row = batch.to(tl.int64) * T
   i = tl.arange(0, C)
   a = tl.arange(0, BLOCK_K)
@@ -58,110 +69,89 @@ def forward_kernel(
   key_offsets = i[:, None] * (G * K) + a[None, :]
   value_offsets = i[:, None] * (H * V) + e[None, :]
   square_offsets = i[:, None] * C + i[None, :]
-  state_offsets = a[:, None] * V + e[None, :]
-  state_seen = (a < K)[:, None] & (e < V)[None, :]
+  state_offsets = a[None, :] * V + e[:, None]
+  saved_offsets = e[:, None] * K + a[None, :]
+  state_seen = (a < K)[None, :] & (e < V)[:, None]
   pair = tl.program_id(1).to(tl.int64)
 
   S = tl.load(base_ptr + pair * (K * V) + state_offsets, mask=state_seen, other=0.0)
   if RESIDUAL:
     R = tl.load(residual_ptr + pair * (K * V) + state_offsets, mask=state_seen, other=0.0)
   dtype = o_ptr.dtype.element_ty
-  COUNT: tl.constexpr = 1 + DELTA + RESIDUAL + (DELTA and RESIDUAL)
+  COUNT: tl.constexpr = 1 + DELTA + 2 * RESIDUAL + (DELTA and RESIDUAL)
 
   for n in range(chunks):
     start = n * C
     keys = ((row + start) * G + head // (H // G)) * K
     values = ((row + start) * H + head) * V
     chunk = pair * chunks + n
-    if EVEN:
-      k = tl.load(k_ptr + keys + key_offsets)
-      q = tl.load(q_ptr + keys + key_offsets)
-      v = tl.load(v_ptr + values + value_offsets)
-    else:
-      is_token = (start + i < T)[:, None]
-      value_seen = is_token & (e < V)[None, :]
-      k = tl.load(k_ptr + keys + key_offsets, mask=is_token & (a < K)[None, :], other=0.0)
-      q = tl.load(q_ptr + keys + key_offsets, mask=is_token & (a < K)[None, :], other=0.0)
-      v = tl.load(v_ptr + values + value_offsets, mask=value_seen, other=0.0)
+    is_token = (start + i < T)[:, None]
+    key_seen = is_token & (a < K)[None, :]
+    value_seen = is_token & (e < V)[None, :]
+    k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
+    q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
+    v = tl.trans(load_tile(v_ptr + values + value_offsets, value_seen, EVEN)).to(tl.float32)
     square = matrices_ptr + chunk * (COUNT * C * C) + square_offsets
     gates = gates_ptr + chunk * (ROWS * C)
-    decay_in = tl.load(gates + DECAY_IN * C + i)[:, None]
-    decay_out = tl.load(gates + DECAY_OUT * C + i)[:, None]
-    beta = tl.load(gates + BETA * C + i)[:, None]
-    decay_all = tl.load(gates + DECAY_IN * C + C - 1)
-    scores = tl.load(square)
+    decay_all = tl.load(gates + BASE_IN * C + C - 1)
 
     S_low = S.to(dtype)
     if SAVE:
-      saved = states_ptr + chunk * ((1 + RESIDUAL) * K * V) + state_offsets
-      if EVEN:
-        tl.store(saved, S_low)
-      else:
-        tl.store(saved, S_low, mask=state_seen)
-    X = tl.dot(k, S_low, input_precision=PRECISION)
-    if RESIDUAL:
-      R_low = R.to(dtype)
-      if SAVE:
-        if EVEN:
-          tl.store(saved + K * V, R_low)
-        else:
-          tl.store(saved + K * V, R_low, mask=state_seen)
-      Y = tl.dot(k, R_low, input_precision=PRECISION)
+      if n % SPAN == 0:
+        saved = states_ptr + (pair * (chunks // SPAN) + n // SPAN) * ((1 + RESIDUAL) * K * V)
+        store_tile(saved + saved_offsets, S_low, state_seen, EVEN)
+        if RESIDUAL:
+          store_tile(saved + K * V + saved_offsets, R.to(dtype), state_seen, EVEN)
+    decay_in = tl.load(gates + BASE_IN * C + i)[None, :]
+    o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
+    if DELTA or RESIDUAL:
+      X = tl.dot(S_low, tl.trans(k), input_precision=PRECISION)
     if DELTA:
-      y = (v.to(tl.float32) - decay_in * X).to(dtype)
-      F = tl.dot(tl.load(square + C * C), y, input_precision=PRECISION)
+      y = (v - decay_in * X).to(dtype)
+      F = tl.dot(y, tl.trans(tl.load(square + C * C)), input_precision=PRECISION)
       if SAVE:
-        if EVEN:
-          tl.store(base_error_ptr + values + value_offsets, F.to(dtype))
-        else:
-          tl.store(base_error_ptr + values + value_offsets, F.to(dtype), mask=value_seen)
+        store_tile(
+          base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN
+        )
     else:
-      F = v.to(tl.float32)
-    U = beta * F
-    U_low = U.to(dtype)
-    o = decay_in * tl.dot(q, S_low, input_precision=PRECISION)
-    o = tl.dot(scores, U_low, o, input_precision=PRECISION)
-    S = tl.dot(
-      tl.trans(k), (decay_out * U).to(dtype), decay_all * S, input_precision=PRECISION
-    )
+      y = v.to(dtype)
+      F = v
     if RESIDUAL:
-      gamma = tl.load(gates + GAMMA * C + i)[:, None]
-      decay_in_before = tl.load(gates + DECAY_IN_BEFORE * C + i)[:, None]
-      # The base read-out leaves out the current token, which the score matrix holds.
-      o -= tl.load(gates + SELF * C + i)[:, None] * U_low.to(tl.float32)
-      prediction = tl.load(square + (1 + DELTA) * C * C)
-      inside = tl.dot(prediction, y if DELTA else U_low, input_precision=PRECISION)
-      r = v.to(tl.float32) - decay_in_before * X - inside
+      decay_before = tl.load(gates + BASE_BEFORE * C + i)[None, :]
+      residual_square = square + (1 + DELTA) * C * C
+      prediction = tl.trans(tl.load(residual_square + C * C))
+      r = v - decay_before * X - tl.dot(y, prediction, input_precision=PRECISION)
       if CLIP is not None:
         if SAVE:
           passes = (tl.abs(r) < CLIP).to(tl.int8)
-          if EVEN:
-            tl.store(passes_ptr + values + value_offsets, passes)
-          else:
-            tl.store(passes_ptr + values + value_offsets, passes, mask=value_seen)
+          store_tile(passes_ptr + values + value_offsets, tl.trans(passes), value_seen, EVEN)
         r = tl.minimum(tl.maximum(r, -CLIP), CLIP)
+    o = tl.dot(F.to(dtype), tl.trans(tl.load(square)), o, input_precision=PRECISION)
+    write = (tl.load(gates + BASE_OUT * C + i)[None, :] * F).to(dtype)
+    S = tl.dot(write, k, decay_all * S, input_precision=PRECISION)
+    if RESIDUAL:
+      R_low = R.to(dtype)
+      read = tl.load(gates + RESIDUAL_READ * C + i)[None, :]
+      o += read * tl.dot(R_low, tl.trans(q), input_precision=PRECISION)
       if DELTA:
-        y = (r - decay_in * Y).to(dtype)
-        F = tl.dot(tl.load(square + 3 * C * C), y, input_precision=PRECISION)
+        Y = tl.dot(R_low, tl.trans(k), input_precision=PRECISION)
+        y = (r - tl.load(gates + RESIDUAL_IN * C + i)[None, :] * Y).to(dtype)
+        inverse = tl.trans(tl.load(residual_square + 2 * C * C))
+        F = tl.dot(y, inverse, input_precision=PRECISION)
       else:
         F = r
       if SAVE:
-        if EVEN:
-          tl.store(residual_error_ptr + values + value_offsets, F.to(dtype))
-        else:
-          tl.store(residual_error_ptr + values + value_offsets, F.to(dtype), mask=value_seen)
-      W = gamma * F
-      read = decay_in * tl.dot(q, R_low, input_precision=PRECISION)
-      read = tl.dot(scores, W.to(dtype), read, input_precision=PRECISION)
-      o += gamma * read
-      R = tl.dot(
-        tl.trans(k), (decay_out * W).to(dtype), decay_all * R, input_precision=PRECISION
-      )
-    if EVEN:
-      tl.store(o_ptr + values + value_offsets, o.to(dtype))
-    else:
-      tl.store(o_ptr + values + value_offsets, o.to(dtype), mask=value_seen)
+        store_tile(
+          residual_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN
+        )
+      o = tl.dot(F.to(dtype), tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
+      write = (tl.load(gates + RESIDUAL_OUT * C + i)[None, :] * F).to(dtype)
+      R = tl.dot(write, k, decay_all * R, input_precision=PRECISION)
+    store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
 
-  tl.store(base_out_ptr + pair * (K * V) + state_offsets, S, mask=state_seen)
+  # Offsets of their own: those of the loads would stay in registers throughout the loop.
+  state_offsets = pair * (K * V) + a[:, None] * V + e[None, :]
+  state_seen = (a < K)[:, None] & (e < V)[None, :]
+  tl.store(base_out_ptr + state_offsets, tl.trans(S), mask=state_seen)
   if RESIDUAL:
-    tl.store(residual_out_ptr + pair * (K * V) + state_offsets, R, mask=state_seen)
+    tl.store(residual_out_ptr + state_offsets, tl.trans(R), mask=state_seen)

@@ -8,13 +8,15 @@ import triton
 import triton.language as tl
 
 from rla_jax.kernels.residual.gpu.tiles import (
-  BETA,
-  DECAY_IN,
-  DECAY_IN_BEFORE,
-  DECAY_OUT,
+  BASE_BEFORE,
+  BASE_IN,
+  BASE_OUT,
+  BASE_READ,
   GAMMA,
   GATES,
-  SELF,
+  RESIDUAL_IN,
+  RESIDUAL_OUT,
+  RESIDUAL_READ,
   chunk_decays,
   decay_between,
   unit_lower_inverse,
@@ -24,8 +26,10 @@ ROWS = tl.constexpr(GATES)
 
 
 def matrices(*, delta: bool, residual: bool) -> int:
-  """Matrices a chunk: scores, then inverse, prediction, residual inverse where there are such."""
-  return 1 + delta + residual + (delta and residual)
+  """Matrices a chunk, in this order where there are such: base scores, base inverse, residual
+  scores, prediction, residual inverse.
+  """
+  return 1 + delta + 2 * residual + (delta and residual)
 
 
 @triton.jit
@@ -75,25 +79,25 @@ def prepare_kernel(
     log_decay_ptr, segments_ptr, batch, head, start, T, H, C, SEGMENTED
   )
 
-  gates = gates_ptr + chunk * (ROWS * C) + i
+  decay_in = tl.exp2(tl.where(era == 0, cumulative, float('-inf')))
   last = tl.sum(tl.where(i == C - 1, cumulative, 0.0), 0)
   last_era = tl.sum(tl.where(i == C - 1, era, 0), 0)
-  tl.store(gates + DECAY_IN * C, tl.exp2(tl.where(era == 0, cumulative, float('-inf'))))
-  tl.store(gates + DECAY_IN_BEFORE * C, tl.exp2(tl.where(era_before == 0, before, float('-inf'))))
-  tl.store(
-    gates + DECAY_OUT * C, tl.exp2(tl.where(era == last_era, last - cumulative, float('-inf')))
-  )
-  tl.store(gates + BETA * C, beta)
+  decay_out = tl.exp2(tl.where(era == last_era, last - cumulative, float('-inf')))
+  gates = gates_ptr + chunk * (ROWS * C) + i
+  tl.store(gates + BASE_IN * C, decay_in)
+  tl.store(gates + BASE_OUT * C, decay_out if ADJOINT else decay_out * beta)
+  tl.store(gates + BASE_READ * C, decay_in * beta)
 
   dtype = matrices_ptr.dtype.element_ty
-  COUNT: tl.constexpr = 1 + DELTA + RESIDUAL + (DELTA and RESIDUAL)
+  COUNT: tl.constexpr = 1 + DELTA + 2 * RESIDUAL + (DELTA and RESIDUAL)
   out = matrices_ptr + chunk * (COUNT * C * C) + i[:, None] * C + i[None, :]
   L = decay_between(cumulative, era, cumulative, era, True, C)
   k_t = tl.trans(k)
-  scores = (tl.dot(q, k_t, input_precision=PRECISION) * L).to(dtype)
-  tl.store(out, scores)
   is_diagonal = i[:, None] == i[None, :]
-  tl.store(gates + SELF * C, tl.sum(tl.where(is_diagonal, scores.to(tl.float32), 0.0), 1))
+  scores = tl.dot(q, k_t, input_precision=PRECISION) * L
+  # The base read-out of the residual form leaves out the current token.
+  base_scores = tl.where(is_diagonal, 0.0, scores) if RESIDUAL else scores
+  tl.store(out, (base_scores if ADJOINT else base_scores * beta[None, :]).to(dtype))
 
   if DELTA or RESIDUAL:
     gram = tl.dot(k, k_t, input_precision=PRECISION)
@@ -104,11 +108,22 @@ def prepare_kernel(
     tl.store(out + C * C, inverse.to(dtype))
   if RESIDUAL:
     gamma = tl.load(gamma_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0)
+    tl.store(
+      gates + BASE_BEFORE * C, tl.exp2(tl.where(era_before == 0, before, float('-inf')))
+    )
+    tl.store(gates + RESIDUAL_IN * C, decay_in)
+    tl.store(gates + RESIDUAL_READ * C, decay_in * gamma)
+    tl.store(gates + RESIDUAL_OUT * C, decay_out if ADJOINT else decay_out * gamma)
     tl.store(gates + GAMMA * C, gamma)
+    out += (1 + DELTA) * C * C
+    scores = gamma[:, None] * scores
+    tl.store(out, (scores if ADJOINT else scores * gamma[None, :]).to(dtype))
     prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
     if DELTA:
       through = inverse if ADJOINT else beta[:, None] * inverse
       prediction = tl.dot(prediction, through, input_precision='tf32x3')
       N = gamma[:, None] * A if ADJOINT else A * gamma[None, :]
-      tl.store(out + 3 * C * C, unit_lower_inverse(N, C, 'tf32x3').to(dtype))
-    tl.store(out + (1 + DELTA) * C * C, prediction.to(dtype))
+      tl.store(out + 2 * C * C, unit_lower_inverse(N, C, 'tf32x3').to(dtype))
+    elif not ADJOINT:
+      prediction *= beta[None, :]
+    tl.store(out + C * C, prediction.to(dtype))

@@ -1,20 +1,24 @@
 """Backward, sequential part: walks the chunks from the end with both state gradients in registers.
 
-Only what the next chunk waits for is computed here: equations of the adjoint from dW to dS0 and dR0.
-What it learns (dS1, dR1, dy, dz, dD) is stored for `gradients`, which is parallel over chunks.
+Only what the next chunk waits for is computed here: the adjoint from dW to dS0 and dR0. What it
+learns (dS1, dR1, dy, dz, dD) is stored for `gradients`, which is parallel over chunks. Transposed
+like `forward`, for the same reason.
 """
 
 import triton
 import triton.language as tl
 
 from rla_jax.kernels.residual.gpu.tiles import (
-  BETA,
-  DECAY_IN,
-  DECAY_IN_BEFORE,
-  DECAY_OUT,
+  BASE_BEFORE,
+  BASE_IN,
+  BASE_OUT,
+  BASE_READ,
   GAMMA,
   GATES,
-  SELF,
+  RESIDUAL_OUT,
+  RESIDUAL_READ,
+  load_tile,
+  store_tile,
 )
 
 ROWS = tl.constexpr(GATES)
@@ -44,6 +48,7 @@ def sweep_kernel(
   K: tl.constexpr,
   V: tl.constexpr,
   C: tl.constexpr,
+  SPAN: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
   DELTA: tl.constexpr,
@@ -52,7 +57,10 @@ def sweep_kernel(
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
-  """Grid (value tiles, B * H); chunks first_chunk .. first_chunk + chunks - 1, backwards."""
+  """Grid (value tiles, B * H); chunks first_chunk .. first_chunk + chunks - 1, backwards.
+
+  The state gradients after every SPAN-th chunk are kept.
+  """
   batch = tl.program_id(1) // H
   head = tl.program_id(1) % H
   row = batch.to(tl.int64) * T
@@ -62,15 +70,16 @@ def sweep_kernel(
   key_offsets = i[:, None] * (G * K) + a[None, :]
   value_offsets = i[:, None] * (H * V) + e[None, :]
   square_offsets = i[:, None] * C + i[None, :]
-  state_offsets = a[:, None] * V + e[None, :]
-  state_seen = (a < K)[:, None] & (e < V)[None, :]
+  state_offsets = a[None, :] * V + e[:, None]
+  saved_offsets = e[:, None] * K + a[None, :]
+  state_seen = (a < K)[None, :] & (e < V)[:, None]
   pair = tl.program_id(1).to(tl.int64)
 
   dS = tl.load(dbase_in_ptr + pair * (K * V) + state_offsets, mask=state_seen, other=0.0)
   if RESIDUAL:
     dR = tl.load(dresidual_in_ptr + pair * (K * V) + state_offsets, mask=state_seen, other=0.0)
   dtype = do_ptr.dtype.element_ty
-  COUNT: tl.constexpr = 1 + DELTA + RESIDUAL + (DELTA and RESIDUAL)
+  COUNT: tl.constexpr = 1 + DELTA + 2 * RESIDUAL + (DELTA and RESIDUAL)
 
   for step in range(chunks):
     n = chunks - 1 - step
@@ -79,96 +88,71 @@ def sweep_kernel(
     values = ((row + start) * H + head) * V
     piece_values = (((batch.to(tl.int64) * chunks + n) * C) * H + head) * V
     chunk = pair * chunks + n
-    if EVEN:
-      k = tl.load(k_ptr + keys + key_offsets)
-      q = tl.load(q_ptr + keys + key_offsets)
-      do = tl.load(do_ptr + values + value_offsets)
-    else:
-      is_token = (start + i < T)[:, None]
-      value_seen = is_token & (e < V)[None, :]
-      k = tl.load(k_ptr + keys + key_offsets, mask=is_token & (a < K)[None, :], other=0.0)
-      q = tl.load(q_ptr + keys + key_offsets, mask=is_token & (a < K)[None, :], other=0.0)
-      do = tl.load(do_ptr + values + value_offsets, mask=value_seen, other=0.0)
+    is_token = (start + i < T)[:, None]
+    key_seen = is_token & (a < K)[None, :]
+    value_seen = is_token & (e < V)[None, :]
+    k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
+    q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
+    do = tl.trans(load_tile(do_ptr + values + value_offsets, value_seen, EVEN))
     square = matrices_ptr + chunk * (COUNT * C * C) + square_offsets
     gates = gates_ptr + chunk * (ROWS * C)
-    decay_in = tl.load(gates + DECAY_IN * C + i)[:, None]
-    decay_out = tl.load(gates + DECAY_OUT * C + i)[:, None]
-    decay_all = tl.load(gates + DECAY_IN * C + C - 1)
-    scores_t = tl.trans(tl.load(square))
+    decay_all = tl.load(gates + BASE_IN * C + C - 1)
     do_wide = do.to(tl.float32)
 
     dS_low = dS.to(dtype)
-    saved = dstates_ptr + chunk * ((1 + RESIDUAL) * K * V) + state_offsets
-    if EVEN:
-      tl.store(saved, dS_low)
-    else:
-      tl.store(saved, dS_low, mask=state_seen)
-    dU = decay_out * tl.dot(k, dS_low, input_precision=PRECISION)
-    dU = tl.dot(scores_t, do, dU, input_precision=PRECISION)
-    if RESIDUAL:
-      gamma = tl.load(gates + GAMMA * C + i)[:, None]
-      decay_in_before = tl.load(gates + DECAY_IN_BEFORE * C + i)[:, None]
-      dU -= tl.load(gates + SELF * C + i)[:, None] * do_wide
-      dR_low = dR.to(dtype)
-      if EVEN:
-        tl.store(saved + K * V, dR_low)
-      else:
-        tl.store(saved + K * V, dR_low, mask=state_seen)
-      dz = decay_out * tl.dot(k, dR_low, input_precision=PRECISION)
-      dz = tl.dot(scores_t, (gamma * do_wide).to(dtype), dz, input_precision=PRECISION)
-      if DELTA:
-        inverse_t = tl.trans(tl.load(square + 3 * C * C))
-        dz = tl.dot(inverse_t, dz.to(dtype), input_precision=PRECISION)
-      d_innovation = gamma * dz
-      if CLIP is not None:
-        if EVEN:
-          passes = tl.load(passes_ptr + values + value_offsets)
-        else:
-          passes = tl.load(passes_ptr + values + value_offsets, mask=value_seen, other=0)
-        d_innovation = tl.where(passes != 0, d_innovation, 0.0)
-      d_prediction = (-d_innovation).to(dtype)
-      prediction_t = tl.trans(tl.load(square + (1 + DELTA) * C * C))
-      if EVEN:
-        tl.store(dz_ptr + piece_values + value_offsets, dz.to(dtype))
-        tl.store(dinnovation_ptr + piece_values + value_offsets, d_innovation.to(dtype))
-      else:
-        tl.store(dz_ptr + piece_values + value_offsets, dz.to(dtype), mask=value_seen)
-        tl.store(
-          dinnovation_ptr + piece_values + value_offsets, d_innovation.to(dtype), mask=value_seen
-        )
-      dR = tl.dot(
-        tl.trans(q),
-        (decay_in * gamma * do_wide).to(dtype),
-        decay_all * dR,
-        input_precision=PRECISION,
-      )
-      if DELTA:
-        dR = tl.dot(
-          tl.trans(k), (-decay_in * gamma * dz).to(dtype), dR, input_precision=PRECISION
-        )
-    if DELTA:
-      dy = tl.dot(tl.trans(tl.load(square + C * C)), dU.to(dtype), input_precision=PRECISION)
-    else:
-      dy = dU
-    if RESIDUAL:
-      dy = tl.dot(prediction_t, d_prediction, dy, input_precision=PRECISION)
-    if EVEN:
-      tl.store(dy_ptr + piece_values + value_offsets, dy.to(dtype))
-    else:
-      tl.store(dy_ptr + piece_values + value_offsets, dy.to(dtype), mask=value_seen)
-    dS = tl.dot(
-      tl.trans(q), (decay_in * do_wide).to(dtype), decay_all * dS, input_precision=PRECISION
-    )
-    if DELTA:
-      beta = tl.load(gates + BETA * C + i)[:, None]
-      dX = -decay_in * beta * dy
+    if n % SPAN == SPAN - 1:
+      saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * ((1 + RESIDUAL) * K * V)
+      store_tile(saved + saved_offsets, dS_low, state_seen, EVEN)
       if RESIDUAL:
-        dX -= decay_in_before * d_innovation
-      dS = tl.dot(tl.trans(k), dX.to(dtype), dS, input_precision=PRECISION)
+        store_tile(saved + K * V + saved_offsets, dR.to(dtype), state_seen, EVEN)
+    if RESIDUAL:
+      residual_square = square + (1 + DELTA) * C * C
+      dz = tl.dot(dR.to(dtype), tl.trans(k), input_precision=PRECISION)
+      dz *= tl.load(gates + RESIDUAL_OUT * C + i)[None, :]
+      dz = tl.dot(do, tl.load(residual_square), dz, input_precision=PRECISION)
+      if DELTA:
+        inverse = tl.load(residual_square + 2 * C * C)
+        dz = tl.dot(dz.to(dtype), inverse, input_precision=PRECISION)
+      store_tile(
+        dz_ptr + piece_values + value_offsets, tl.trans(dz.to(dtype)), value_seen, EVEN
+      )
+      read = tl.load(gates + RESIDUAL_READ * C + i)[None, :]
+      dR = tl.dot((read * do_wide).to(dtype), q, decay_all * dR, input_precision=PRECISION)
+      if DELTA:
+        dR = tl.dot((-read * dz).to(dtype), k, dR, input_precision=PRECISION)
+      d_innovation = tl.load(gates + GAMMA * C + i)[None, :] * dz
+      if CLIP is not None:
+        passes = tl.trans(load_tile(passes_ptr + values + value_offsets, value_seen, EVEN))
+        d_innovation = tl.where(passes != 0, d_innovation, 0.0)
+      store_tile(
+        dinnovation_ptr + piece_values + value_offsets,
+        tl.trans(d_innovation.to(dtype)),
+        value_seen,
+        EVEN,
+      )
+    dy = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
+    dy *= tl.load(gates + BASE_OUT * C + i)[None, :]
+    dy = tl.dot(do, tl.load(square), dy, input_precision=PRECISION)
+    if DELTA:
+      dy = tl.dot(dy.to(dtype), tl.load(square + C * C), input_precision=PRECISION)
+    if RESIDUAL:
+      prediction = tl.load(residual_square + C * C)
+      dy = tl.dot((-d_innovation).to(dtype), prediction, dy, input_precision=PRECISION)
+    store_tile(dy_ptr + piece_values + value_offsets, tl.trans(dy.to(dtype)), value_seen, EVEN)
+    read = (tl.load(gates + BASE_IN * C + i)[None, :] * do_wide).to(dtype)
+    dS = tl.dot(read, q, decay_all * dS, input_precision=PRECISION)
+    if DELTA:
+      dX = tl.load(gates + BASE_READ * C + i)[None, :] * dy
+      if RESIDUAL:
+        dX += tl.load(gates + BASE_BEFORE * C + i)[None, :] * d_innovation
+      dS = tl.dot((-dX).to(dtype), k, dS, input_precision=PRECISION)
     elif RESIDUAL:
-      dX = -decay_in_before * d_innovation
-      dS = tl.dot(tl.trans(k), dX.to(dtype), dS, input_precision=PRECISION)
+      dX = tl.load(gates + BASE_BEFORE * C + i)[None, :] * d_innovation
+      dS = tl.dot((-dX).to(dtype), k, dS, input_precision=PRECISION)
 
-  tl.store(dbase_ptr + pair * (K * V) + state_offsets, dS, mask=state_seen)
+  # Offsets of their own: those of the loads would stay in registers throughout the loop.
+  state_offsets = pair * (K * V) + a[:, None] * V + e[None, :]
+  state_seen = (a < K)[:, None] & (e < V)[None, :]
+  tl.store(dbase_ptr + state_offsets, tl.trans(dS), mask=state_seen)
   if RESIDUAL:
-    tl.store(dresidual_ptr + pair * (K * V) + state_offsets, dR, mask=state_seen)
+    tl.store(dresidual_ptr + state_offsets, tl.trans(dR), mask=state_seen)

@@ -3,18 +3,37 @@
 import triton
 import triton.language as tl
 
-# Rows of the per-chunk gate array [B, H, N, GATES, C] that `prepare` writes.
-DECAY_IN = tl.constexpr(0)  # E: decay from the chunk's start through token i
-DECAY_IN_BEFORE = tl.constexpr(1)  # Ex: the same without token i's own decay
-DECAY_OUT = tl.constexpr(2)  # decay after token i to the chunk's end
-BETA = tl.constexpr(3)
-GAMMA = tl.constexpr(4)
-SELF = tl.constexpr(5)  # q_i . k_i, rounded as the score matrix is
-GATES = 6
+# Rows of the gate array [B, H, N, GATES, C] that `prepare` writes: decays from the chunk's start
+# through token i (IN), without i's own (BEFORE), and from i to the chunk's end (OUT), alone and times
+# the gates. The residual state reads rows of its own, so that none stays in registers for both.
+BASE_IN = tl.constexpr(0)
+BASE_BEFORE = tl.constexpr(1)
+BASE_OUT = tl.constexpr(2)  # forward: times beta
+RESIDUAL_IN = tl.constexpr(3)
+RESIDUAL_READ = tl.constexpr(4)  # IN times gamma
+RESIDUAL_OUT = tl.constexpr(5)  # forward: times gamma
+GAMMA = tl.constexpr(6)
+BASE_READ = tl.constexpr(7)  # IN times beta
+GATES = 8
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # exp(-64) is 1e-28: a decay below counts as a full reset, so that cumulative sums stay finite.
 RESET = tl.constexpr(-64.0)
+
+
+@triton.jit
+def load_tile(pointers, mask, EVEN: tl.constexpr):
+  """Loads a tile; EVEN promises that nothing needs masking."""
+  return tl.load(pointers) if EVEN else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(pointers, tile, mask, EVEN: tl.constexpr):
+  """Stores a tile; EVEN promises that nothing needs masking."""
+  if EVEN:
+    tl.store(pointers, tile)
+  else:
+    tl.store(pointers, tile, mask=mask)
 
 
 @triton.jit
