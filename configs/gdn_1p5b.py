@@ -14,4 +14,4 @@ from rla_jax.training.paper import get_paper_config
 
 def get_config():
   """The paper's Gated DeltaNet baseline."""
-  return get_paper_config('rdn', residual=False)
+  return get_paper_config('gdn_1p5b')

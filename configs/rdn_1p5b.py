@@ -14,4 +14,4 @@ from rla_jax.training.paper import get_paper_config
 
 def get_config():
   """The paper's RDN."""
-  return get_paper_config('rdn')
+  return get_paper_config('rdn_1p5b')

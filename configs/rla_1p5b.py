@@ -14,4 +14,4 @@ from rla_jax.training.paper import get_paper_config
 
 def get_config():
   """The paper's RLA."""
-  return get_paper_config('rla')
+  return get_paper_config('rla_1p5b')

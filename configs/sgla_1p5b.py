@@ -14,4 +14,4 @@ from rla_jax.training.paper import get_paper_config
 
 def get_config():
   """The paper's sGLA baseline."""
-  return get_paper_config('rla', residual=False)
+  return get_paper_config('sgla_1p5b')

@@ -14,4 +14,4 @@ from rla_jax.training.paper import get_paper_config
 
 def get_config():
   """The paper's Transformer baseline."""
-  return get_paper_config('attention', num_heads=32, num_kv_heads=4)
+  return get_paper_config('transformer_1p5b')

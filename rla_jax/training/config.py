@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
   c.steps = 1000  # optimiser steps of the whole run
   c.accumulate = 1  # parts that a batch is cut into, one after the other, to save memory
 
-  c.model = _section(ModelConfig)  # vocab_size None: that of the tokenizer, rounded up to 128s
+  c.model = _section(ModelConfig)  # vocab_size None: that of the tokenizer
   c.data = _section(DataConfig)
 
   c.optimizer = ConfigDict()  # AdamW; the rate rises linearly, then falls along a cosine
@@ -105,9 +105,7 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
   Raises:
     ConfigError: the model's vocabulary is smaller than the tokenizer's.
   """
-  size = config.model.vocab_size
-  if size is None:
-    size = -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+  size = vocab_size if config.model.vocab_size is None else config.model.vocab_size
   if size < vocab_size:
     raise ConfigError(
       f'model.vocab_size is {size}, smaller than that of the tokenizer '
@@ -121,7 +119,6 @@ _LEAST = {
   'optimizer.weight_decay': 0, 'log_every': 1, 'eval_every': 1, 'eval_tokens': 1,
   'checkpoint_every': 1, 'keep_checkpoints': 1, 'keep_every': 1, 'max_bad_steps': 0,
 }  # fmt: skip
-_VOCABULARY_MULTIPLE = 128  # Matrix units and tensor parallelism want round sizes.
 
 
 def leaves(config: ConfigDict, prefix: str = '') -> dict[str, object]:

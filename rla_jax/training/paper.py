@@ -2,37 +2,26 @@
 
 from ml_collections import ConfigDict
 
+from rla_jax.models import PRESETS
 from rla_jax.training.config import get_config
 
 _TOKENS = 100_000_000_000
 _WARMUP_TOKENS = 500_000_000
 
 
-def get_paper_config(layer: str, **options) -> ConfigDict:
-  """A 1.5B model on 100B tokens of text: model and optimiser as in the paper.
+def get_paper_config(preset: str) -> ConfigDict:
+  """A model of the paper, to be trained on 100B tokens of text as the paper trains it.
 
-  The paper states neither tokenizer nor sequence length. A vocabulary of about 100,000, with
-  embedding and head apart, gives its parameter counts; 4096 tokens a row is our choice.
+  The paper states neither tokenizer nor sequence length; 4096 tokens a row is our choice.
 
   Args:
-    layer: the mixer of all 16 blocks, by its name in `rla_jax.layers.registry`.
-    **options: attributes of the layer.
+    preset: name in `rla_jax.models.PRESETS`.
 
   Reference:
     Lai, Kang, Lu, Lin, Zhao: Enhancing Linear Attention with Residual Learning, arXiv:2509.25223.
   """
   c = get_config()
-  c.model.vocab_size = 100_352
-  c.model.num_layers = 16
-  c.model.model_dim = 2048
-  c.model.ffn_dim = 8192
-  c.model.num_heads = 16
-  c.model.head_dim = 128
-  c.model.pattern = (layer,)
-  if options:
-    c.model.layer_options = {layer: options}
-  c.model.init_std = 0.006
-  c.model.loss_chunk = 512
+  c.model.update(PRESETS[preset].to_dict())
 
   c.data.path = 'data/slimpajama/train/*.jsonl.gz'
   c.data.validation_path = 'data/slimpajama/validation/*.jsonl.gz'
