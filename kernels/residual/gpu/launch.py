@@ -1,10 +1,20 @@
-"""The one place that calls jax-triton: its version differences, silent failures and defaults."""
+"""The one place that calls jax-triton: its version differences, silent failures and defaults.
+
+Also the compiled kernels' disk cache. JAX's persistent compilation cache spares a second process
+XLA's part, but Triton has compiled by then, because its output is part of the program that the
+cache looks up. So where `jax_compilation_cache_dir` is set, what Triton makes is kept there too.
+"""
 
 import functools
+import hashlib
 import inspect
+import json
 import os
+import pathlib
+import tempfile
 
 import jax
+import triton
 from triton.runtime.jit import JITFunction
 
 from rla_jax.kernels.residual.gpu import interpret as interpreter
@@ -20,10 +30,38 @@ def _triton_call():
     os.environ.pop('TRITON_CACHE_DIR', None)
   else:
     os.environ['TRITON_CACHE_DIR'] = folder
+  _keep_compiled_kernels(jax_triton.triton_lib)
   call = jax_triton.triton_call
   # out_shape became out_type in jax-triton 0.4.
   is_old = 'out_shape' in inspect.signature(call).parameters
   return call, 'out_shape' if is_old else 'out_type'
+
+
+def _keep_compiled_kernels(library) -> None:
+  """Puts a disk cache before jax-triton's step from Triton's first intermediate form to PTX."""
+  compile_ = getattr(library, 'compile_ttir_inplace', None)
+  if compile_ is None:  # a jax-triton that is built otherwise: it works, without the cache
+    return
+
+  @functools.wraps(compile_)
+  def cached(ttir, backend, options, compute_capability, platform):
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or platform != 'cuda':
+      return compile_(ttir, backend, options, compute_capability, platform)
+    key = (triton.__version__, str(ttir), repr(options), compute_capability)
+    name = hashlib.sha256(repr(key).encode()).hexdigest()
+    path = pathlib.Path(folder) / 'triton' / f'{name}.json'
+    if path.exists():
+      return library.CompilationResult(**json.loads(path.read_text()))
+    result = compile_(ttir, backend, options, compute_capability, platform)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A file of its own and then a rename: processes that start together never see half of it.
+    with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False) as file:
+      json.dump(vars(result), file)
+    os.replace(file.name, path)
+    return result
+
+  library.compile_ttir_inplace = cached
 
 
 def launch(
