@@ -29,14 +29,8 @@ def isolate(
   There it spreads as it would alone: the outputs from the first bad token on, the final state if it
   is the last document, and all gradients of the document's tokens are NaN.
   """
-  segments_BT = inputs.segments
   bad_BT = _not_finite(inputs)
-  never = segments_BT.shape[1]
-  index_BT = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
-  # First bad token of each document, spread over the whole document.
-  first_BT = _segment_min(jnp.where(bad_BT, index_BT, never), segments_BT)
-  broken_BT = first_BT < never
-  poisoned_BT = index_BT >= first_BT
+  poisoned_BT, broken_BT = _spread(bad_BT, inputs.segments)
 
   def shield_tokens(x):
     return None if x is None else _shield(x, bad_BT, broken_BT)
@@ -66,14 +60,18 @@ def _not_finite(inputs: Inputs) -> Array:
   return bad_BT
 
 
-def _segment_min(x_BT: Array, segments_BT: Segments) -> Array:
-  """Smallest x of each document, at all of its tokens."""
-
-  def one(x_T, segments_T):
-    size = x_T.shape[0]
-    return jax.ops.segment_min(x_T, segments_T, num_segments=size)[segments_T]
-
-  return jax.vmap(one)(x_BT, segments_BT)
+def _spread(bad_BT: Array, segments_BT: Segments) -> tuple[Array, Array]:
+  """Tokens at or behind a bad one of their document, and all tokens of such documents."""
+  length = bad_BT.shape[1]
+  index_BT = jax.lax.broadcasted_iota(jnp.int32, bad_BT.shape, 1)
+  starts_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+  ends_BT = jnp.diff(segments_BT, axis=1, append=segments_BT[:, -1:] + 1) != 0
+  start_BT = jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
+  end_BT = jax.lax.cummin(jnp.where(ends_BT, index_BT, length), axis=1, reverse=True)
+  before_BT = jax.lax.cummax(jnp.where(bad_BT, index_BT, -1), axis=1)
+  after_BT = jax.lax.cummin(jnp.where(bad_BT, index_BT, length), axis=1, reverse=True)
+  poisoned_BT = before_BT >= start_BT
+  return poisoned_BT, poisoned_BT | (after_BT <= end_BT)
 
 
 @jax.custom_vjp
