@@ -39,9 +39,9 @@ def isolate(
   tokens = {name: shield_tokens(getattr(inputs, name)) for name in gates}
   state = jax.tree.map(lambda s: _shield(s, bad_BT[:, 0], broken_BT[:, 0]), inputs.state)
   o_BTHV, state = run(inputs._replace(**tokens, state=state))
-  o_BTHV = jnp.where(poisoned_BT[..., None, None], jnp.nan, o_BTHV)
-  lost_B = poisoned_BT[:, -1, None, None, None]
-  return o_BTHV, jax.tree.map(lambda s: jnp.where(lost_B, jnp.nan, s), state)
+  o_BTHV = _poison(o_BTHV, poisoned_BT, broken_BT)
+  lost_B = broken_BT[:, -1]
+  return o_BTHV, jax.tree.map(lambda s: _poison(s, lost_B, lost_B), state)
 
 
 def _not_finite(inputs: Inputs) -> Array:
@@ -90,6 +90,24 @@ def _shield_backward(broken, dx):
 
 
 _shield.defvjp(_shield_forward, _shield_backward)
+
+
+@jax.custom_vjp
+def _poison(x: Array, bad: Array, broken: Array) -> Array:
+  """x with NaN where `bad`; no gradient, which may be NaN itself, comes in where `broken`."""
+  del broken
+  return jnp.where(_expand(bad, x), jnp.nan, x)
+
+
+def _poison_forward(x, bad, broken):
+  return _poison(x, bad, broken), broken
+
+
+def _poison_backward(broken, dx):
+  return jnp.where(_expand(broken, dx), 0, dx), None, None
+
+
+_poison.defvjp(_poison_forward, _poison_backward)
 
 
 def _expand(mask: Array, like: Array) -> Array:
