@@ -12,6 +12,7 @@ from rla_jax.kernels.residual.gpu.blocks import Blocks
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
 from rla_jax.kernels.residual.gpu.gradients import gradients_kernel
 from rla_jax.kernels.residual.gpu.launch import launch
+from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
 from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
 from rla_jax.kernels.residual.gpu.tiles import GATES
@@ -19,6 +20,11 @@ from rla_jax.kernels.residual.gpu.tiles import GATES
 # Names for jax.checkpoint policies: the output, and what the backward pass reads beyond the inputs.
 OUTPUT_NAME = 'residual_attention_output'
 SAVED_NAME = 'residual_attention_saved'
+
+# Dimensions of what the kernels read and write, for the partitioning rule.
+INPUTS = ('BTGK', 'BTGK', 'BTHV', 'BTH', 'BTH', 'BTH', 'BHKV', 'BHKV', 'BT')
+OUTPUTS = ('BTHV', 'BHKV', 'BHKV')
+SAVED = ('BHNSVK', 'BTHV', 'BTHV', 'BTHV')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +178,8 @@ def _forward(config: Config, save: bool):
     outputs = (o, base_out, residual_out if config.residual else None)
     return outputs, kept if save else None
 
-  return fold_into_batch(run)
+  results = (OUTPUTS, SAVED if save else None)
+  return fold_into_batch(over_batch_and_heads(run, INPUTS, results))
 
 
 def _is_even(T, tokens, K, V, block_v):
@@ -213,7 +220,9 @@ def _backward(config: Config):
       )
     return dq, dk, dv, dlog_decay, dbeta, dgamma, dbase, dresidual
 
-  return fold_into_batch(run)
+  *tokens, base, residual, segments = INPUTS
+  inputs = ((*tokens, segments), SAVED, OUTPUTS)
+  return fold_into_batch(over_batch_and_heads(run, inputs, (*tokens, base, residual)))
 
 
 def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresidual, first, spans):
