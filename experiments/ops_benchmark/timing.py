@@ -51,7 +51,7 @@ def measure(
 
   seconds, spread = _time(body, state, repeats, target_seconds)
   overhead, _ = _time(lambda *state: state, state, 3, target_seconds / 8)
-  return Measurement(seconds - overhead, spread, _peak_bytes(compiled), compile_seconds)
+  return Measurement(seconds - overhead, spread, peak_bytes(compiled), compile_seconds)
 
 
 def measure_in_place(step: Callable, inputs: tuple, states: tuple, **options) -> Measurement:
@@ -68,7 +68,7 @@ def measure_in_place(step: Callable, inputs: tuple, states: tuple, **options) ->
     return inputs, (o, tuple(new))
 
   seconds, spread = _time(body, (inputs, (outputs[0], states)), touch=False, **options)
-  return Measurement(seconds, spread, _peak_bytes(compiled), compile_seconds)
+  return Measurement(seconds, spread, peak_bytes(compiled), compile_seconds)
 
 
 def _time(body, state, repeats, target_seconds, touch=True):
@@ -113,7 +113,8 @@ def _check(outputs):
       raise FloatingPointError(f'an output of shape {x.shape} sums to {total}')
 
 
-def _peak_bytes(compiled) -> int:
+def peak_bytes(compiled) -> int:
+  """Bytes that a compiled program allocates: arguments, outputs and temporaries."""
   memory = compiled.memory_analysis()
   return (
     memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
