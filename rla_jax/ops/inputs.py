@@ -56,3 +56,20 @@ def repeat_heads(x: jax.Array, heads: int, axis: int = -2) -> jax.Array:
   """Gives value head h the query or key head h // (heads // groups)."""
   groups = x.shape[axis]
   return x if groups == heads else jnp.repeat(x, heads // groups, axis=axis)
+
+
+def vary_alike(inputs: Inputs) -> Inputs:
+  """Within `shard_map`: makes all arrays vary over the mesh axes over which any of them does.
+
+  A scan's carry must vary as its body's result does, so a state of zeros made here, or an argument
+  that is the same on all devices, has to be marked.
+  """
+  leaves, tree = jax.tree.flatten(inputs)
+  varying = [jax.typeof(x).manual_axis_type.varying for x in leaves]
+  union = frozenset().union(*varying)
+
+  def vary(x, own):
+    missing = tuple(sorted(union - own))
+    return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+  return tree.unflatten(map(vary, leaves, varying))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rla_jax.ops.inputs import Inputs, Options, accumulator_dtype
+from rla_jax.ops.inputs import Inputs, Options, accumulator_dtype, vary_alike
 from rla_jax.ops.segments import count_segments
 from rla_jax.ops.state import ResidualState
 
@@ -27,7 +27,7 @@ def canonicalise(
       raise ValueError(f'segment_ids has dtype {segment_ids.dtype}; expected an integer dtype')
     segment_ids = count_segments(jnp.asarray(segment_ids))
   q, k, v = _promote(q, k, v)
-  return Inputs(q, k, v, log_decay, beta, gamma, state, segment_ids), options
+  return vary_alike(Inputs(q, k, v, log_decay, beta, gamma, state, segment_ids)), options
 
 
 def canonicalise_step(
@@ -40,7 +40,7 @@ def canonicalise_step(
   log_decay, beta, gamma = _gates(v, log_decay, beta, gamma, (B, H), K)
   state = _state(state, (B, H, K, V), gamma, v, name='state')
   q, k, v = _promote(q, k, v)
-  return Inputs(q, k, v, log_decay, beta, gamma, state, None), options
+  return vary_alike(Inputs(q, k, v, log_decay, beta, gamma, state, None)), options
 
 
 def _options(update, clip, readout, chunk_size):
