@@ -151,17 +151,33 @@ def test_shard_map_over_batch_and_heads(implementation, update):
 
 
 @implementations
-def test_shard_map_without_states_or_gates(implementation):
-  """What the operator makes itself (zeros, ones) varies over the mesh as the arguments do."""
-  arrays = {name: x for name, x in _arrays(_call(B=2, G=4, H=4)).items() if name in 'qkv'}
+@pytest.mark.parametrize('shared', [(), ('log_decay', 'q', 'base')], ids=['absent', 'replicated'])
+def test_shard_map_where_arguments_do_not_vary(implementation, shared):
+  """Defaults that the operator makes, and arguments that are the same on all devices."""
   mesh = jax.make_mesh((2, 4), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-  spec = P('data', None, 'tensor')
+  heads = dict.fromkeys(ARGUMENTS, 2) | {'base': 1}
+  arrays = {n: x for n, x in _arrays(_call(B=2, G=4, H=4)).items() if n in ('q', 'k', 'v', *shared)}
+  for name in shared:
+    arrays[name] = jax.lax.slice_in_dim(arrays[name][:1], 0, 1, axis=heads[name])
+  specs = {name: P() if name in shared else P('data', None, 'tensor') for name in arrays}
 
-  def o(arrays):
-    return _run(implementation, arrays)['o']
+  def loss(arrays):
+    return jnp.sin(_run(implementation, arrays)['o']).sum()
 
-  sharded = jax.shard_map(o, mesh=mesh, in_specs=spec, out_specs=spec)
-  _close(jax.jit(sharded)(arrays), jax.jit(o)(arrays))
+  def on_the_mesh(arrays):
+    def shard(arrays):
+      return jax.lax.psum(loss(arrays), ('data', 'tensor'))
+
+    return jax.shard_map(shard, mesh=mesh, in_specs=(specs,), out_specs=P())(arrays)
+
+  def on_one_device(arrays):
+    for name in shared:
+      copies = jnp.repeat(arrays[name], 2, axis=0)
+      arrays = arrays | {name: jnp.repeat(copies, 4, axis=heads[name])}
+    return loss(arrays)
+
+  got, want = (jax.jit(jax.value_and_grad(f))(arrays) for f in (on_the_mesh, on_one_device))
+  _close(got, want)
 
 
 @pytest.mark.parametrize('implementation', ['reference', 'chunked'])
@@ -195,6 +211,7 @@ def test_eval_shape_allocates_nothing(implementation):
 @implementations
 def test_export_and_reload(implementation, tmp_path):
   """A jitted operator, saved and read back, runs and differentiates."""
+  pytest.importorskip('flatbuffers', reason='jax.export saves with flatbuffers')
   arrays = _arrays(_call())
   run = jax.jit(functools.partial(_run, implementation))
   path = tmp_path / 'operator.bin'
