@@ -1,0 +1,104 @@
+"""However a sequence is cut into calls, the outputs are the same; a cache keeps its shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.layers import helpers
+
+CUTS = [0, 5, 5, 9, 10, 11, 13]  # an empty piece, and single tokens
+
+
+@pytest.mark.parametrize('name', helpers.ALL)
+@pytest.mark.parametrize('packed', [False, True], ids=['whole', 'packed'])
+def test_pieces_equal_the_whole(name, packed):
+  layer, x = helpers.make(name), helpers.inputs()
+  params = helpers.init(layer)
+  ids = jnp.asarray(helpers.SEGMENT_IDS) if packed else None
+
+  @jax.jit
+  def run(params):
+    whole = layer.apply({'params': params}, x, ids)
+    return whole, *helpers.run_pieces(layer, params, x, ids, CUTS)
+
+  whole, pieces, caches = run(params)
+  assert helpers.error(pieces, whole) < 2e-6
+  kinds = [jax.tree.map(lambda a: (a.shape, a.dtype), cache) for cache in caches]
+  assert all(kind == kinds[0] for kind in kinds)
+
+
+@pytest.mark.parametrize('name', ['rdn', 'rla', 'kda', 'sliding_window_attention'])
+def test_token_by_token_in_a_scan(name):
+  layer, x = helpers.make(name), helpers.inputs(40)
+  params = helpers.init(layer)
+
+  @jax.jit
+  def decode(params, x):
+    def step(cache, x_BD):
+      y, cache = layer.apply({'params': params}, x_BD[:, None], None, cache)
+      return cache, y[:, 0]
+
+    _, y_TBD = jax.lax.scan(step, layer.init_cache(2, dtype=x.dtype), jnp.moveaxis(x, 1, 0))
+    return jnp.moveaxis(y_TBD, 0, 1)
+
+  assert helpers.error(decode(params, x), jax.jit(layer.apply)({'params': params}, x)) < 2e-6
+
+
+def test_chunked_prefill_of_a_bf16_layer():
+  layer = helpers.make('rdn', implementation='chunked', dtype=jnp.bfloat16)
+  params, x = helpers.init(layer), helpers.inputs(70)
+  cache = layer.init_cache(2)
+  assert cache.tails['q'].dtype == jnp.bfloat16 and cache.state.base.dtype == jnp.float32
+
+  @jax.jit
+  def run(params):
+    first, cache_1 = layer.apply({'params': params}, x[:, :69], None, cache)
+    last, _ = layer.apply({'params': params}, x[:, 69:], None, cache_1)
+    return jnp.concatenate([first, last], axis=1), layer.apply({'params': params}, x)
+
+  pieces, whole = run(params)
+  assert pieces.dtype == jnp.bfloat16
+  assert helpers.error(pieces, whole) < 5e-3
+
+
+def test_ids_of_a_later_call_continue_or_start_a_document():
+  layer, x = helpers.make('rdn'), helpers.inputs(8)
+  variables = {'params': helpers.init(layer)}
+  ones = jnp.ones((2, 4), jnp.int32)
+  apply = jax.jit(layer.apply)
+  _, cache = apply(variables, x[:, :4], ones, layer.init_cache(2))
+  same, _ = apply(variables, x[:, 4:], ones, cache)
+  implied, _ = apply(variables, x[:, 4:], None, cache)
+  other, _ = apply(variables, x[:, 4:], 2 * ones, cache)
+  alone = apply(variables, x[:, 4:])
+  assert helpers.error(implied, same) < 1e-6
+  assert helpers.error(other, alone) < 1e-6 < helpers.error(same, alone)
+
+
+def test_gradient_through_a_cache():
+  layer, x = helpers.make('rdn'), helpers.inputs(7)
+  params = helpers.init(layer)
+  weight = jax.random.normal(jax.random.key(3), x.shape)
+
+  def loss(params, pieces):
+    if pieces:
+      y, _ = helpers.run_pieces(layer, params, x, None, [0, 6, 7])
+    else:
+      y = layer.apply({'params': params}, x)
+    return (weight * y).sum()
+
+  got, want = (jax.jit(jax.grad(loss), static_argnums=1)(params, p) for p in (True, False))
+  for name in params:
+    assert helpers.error(got[name], want[name]) < 1e-5, name
+
+
+def test_a_full_attention_cache_answers_nan():
+  layer, x = helpers.make('attention'), helpers.inputs(4)
+  variables = {'params': helpers.init(layer)}
+  apply = jax.jit(layer.apply)
+  y, cache = apply(variables, x, None, layer.init_cache(2, 4))
+  assert np.isfinite(y).all()
+  assert np.isnan(apply(variables, x[:, :1], None, cache)[0]).all()
+  with pytest.raises(ValueError, match='max_length is None'):
+    layer.init_cache(2)
