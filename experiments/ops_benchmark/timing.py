@@ -92,8 +92,7 @@ def _time(body, state, repeats, target_seconds, touch=True):
     return time.perf_counter() - start
 
   clock(1)
-  once = max(clock(2) - clock(1), 1e-5)
-  dispatches = int(np.clip(target_seconds / once, 1, 100))
+  dispatches = int(np.clip(4 * target_seconds / clock(4), 1, 100))
   samples = [clock(2 * dispatches) - clock(dispatches) for _ in range(repeats)]
   low, median, high = np.percentile(np.array(samples) / (dispatches * LOOP), (25, 50, 75))
   return float(median), float(high - low)

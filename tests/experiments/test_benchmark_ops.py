@@ -1,0 +1,157 @@
+"""The operators' benchmark judges by the right oracle, counts right and writes what it measured."""
+
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip('absl')
+pytest.importorskip('tqdm')
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / 'experiments'))
+
+from ops_benchmark import accuracy, timing  # noqa: E402
+from ops_benchmark.problem import Problem, make_inputs, on_device  # noqa: E402
+
+from rla_jax import ops  # noqa: E402
+from tests import oracle  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def short_oracle(monkeypatch):
+  monkeypatch.setattr(accuracy, 'LONGEST', 64)
+
+
+def small(operation, length=45, dtype='float32'):
+  return Problem(operation, 'forward_backward', 1, length, 2, 16, dtype)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('operation', ['rdn', 'rla', 'gdn'])
+def test_oracle_is_the_recurrence(operation, packed):
+  """Against the numpy recurrence and its hand-written gradient."""
+  problem = small(operation)
+  arrays, segments, cotangents = accuracy._draw(problem, 3, packed, 0.5)
+  values, gradients, innovation, _ = accuracy._oracle(problem, arrays, segments, cotangents)
+  wide = {n: np.asarray(x, np.float64) for n, x in arrays.items()}
+  update = 'delta' if problem.is_delta else 'additive'
+  call = oracle.Call(**wide, segment_ids=segments, update=update, clip=accuracy.CLIP)
+  wanted = oracle.recurrence(call)
+  for name, x in values.items():
+    np.testing.assert_allclose(x, wanted[name], rtol=1e-9, atol=1e-11)
+  if problem.has_residual:
+    np.testing.assert_allclose(innovation, wanted['innovation'], rtol=1e-9, atol=1e-11)
+  exact = oracle.gradients(call, {n: np.asarray(x, np.float64) for n, x in cotangents.items()})
+  for name, x in gradients.items():
+    np.testing.assert_allclose(x, exact[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize('operation', ['rdn', 'simple_gla'])
+def test_right_implementation_passes(operation):
+  report = accuracy.check(small(operation), 'chunked', 1, packed=True)
+  assert report.failures('float32') == []
+  assert report.flipped == 0
+
+
+def test_wrong_implementation_fails(monkeypatch):
+  def wrong(q, k, v, log_decay, beta, gamma, **options):
+    o, state = ops.residual_delta_rule(q, k, v, log_decay, 1.001 * beta, gamma, **options)
+    return o, state
+
+  class Wrong:
+    residual_delta_rule = staticmethod(wrong)
+    residual_linear_attention = None
+    ResidualState = ops.ResidualState
+
+  monkeypatch.setattr(accuracy, 'ops', Wrong)
+  failures = accuracy.check(small('rdn'), 'chunked', 1).failures('float32')
+  assert any(f.startswith('o ') for f in failures)
+  assert any(f.startswith('dbeta ') for f in failures)
+
+
+def test_mask_is_read_off_the_gradient():
+  """Entries near the bound take the side that explains dv; others never flip."""
+  innovation = np.array([0.5, 0.99, 0.999, 1.001, 1.01, 2.0])
+  mask = np.abs(innovation) < accuracy.CLIP
+  dr = np.array([1.0, -2.0, 3.0, -1.0, 2.0, 1.0])
+  smooth = np.linspace(-1, 1, 6)
+  own = np.array([True, False, True, True, False, False])  # the implementation's
+  dv = smooth + own * dr + 0.01
+  wanted = smooth + mask * dr
+  np.testing.assert_array_equal(accuracy._read_off_mask(mask, innovation, dr, dv, wanted), own)
+  dv[[0, 5]] = [-dv[0], dv[5] + 1]  # far from the bound: an error, not a flip
+  np.testing.assert_array_equal(accuracy._read_off_mask(mask, innovation, dr, dv, wanted), own)
+
+
+def test_counts():
+  """Of 32768 tokens with 16 heads of 128 in bfloat16."""
+  size = (16, 2048, 16, 128)
+  forward = Problem('rdn', 'forward', *size)
+  both = Problem('rdn', 'forward_backward', *size)
+  assert forward.qkvo_bytes == 2**27
+  assert forward.bytes() == 4 * 2**27
+  # 4 C C K + 10 C C V + 12 C K V a chunk of 64 tokens
+  assert forward.flops() == 512 * 16 * (14 * 64 * 64 * 128 + 12 * 64 * 128 * 128)
+  assert 2.5 < both.flops() / forward.flops() < 3.5
+  assert Problem('flash', 'forward', 1, 2048, 16, 128).flops() == 4 * 16 * 2048**2 * 128 / 2
+  decode = Problem('rdn', 'decode', 256, 1, 16, 128)
+  assert decode.bytes() == 256 * 16 * 128 * 128 * 4 * 2 * 2
+  assert forward.floor_seconds(4e12, 7e14) == pytest.approx(max(2**29 / 4e12, 1.7e11 / 7e14), 0.1)
+
+
+def test_inputs_are_fresh_and_of_one_distribution():
+  problem = Problem('rdn', 'forward', 2, 256, 4, 32, 'float32')
+  host, device = make_inputs(problem, 1), on_device(problem, 1)
+  again = make_inputs(problem, 2)
+  for name, x in host.items():
+    y = np.asarray(device[name])
+    assert x.shape == y.shape and x.dtype == y.dtype == np.float32
+    assert not np.array_equal(x, again[name])
+    assert abs(x.mean() - y.mean()) < 0.05 and abs(x.std() - y.std()) < 0.05
+  assert (host['log_decay'] < 0).all()
+
+
+def test_timing_runs_the_function_every_time():
+  """A call that depends on nothing but its inputs is not hoisted out of the loop, nor dropped."""
+  runs = []
+
+  def count(x):
+    runs.append(1)
+    return np.asarray(x)
+
+  def function(x):
+    return (jax.pure_callback(count, jax.ShapeDtypeStruct(x.shape, x.dtype), x),)
+
+  timing.measure(function, (jnp.ones(4),), repeats=1, target_seconds=0)
+  dispatches = 1 + 4 + 2 + 1  # the first, four to see how long one takes, a sample
+  assert len(runs) == 1 + dispatches * timing.LOOP
+
+
+def test_timing_refuses_zeros():
+  with pytest.raises(FloatingPointError, match='sums to 0'):
+    timing.measure(lambda x: (x * 0,), (jnp.ones(8),))
+
+
+def test_command_writes_what_it_measured(tmp_path):
+  command = [
+    sys.executable, 'experiments/benchmark_ops.py', '--suites=decode', '--operations=rdn',
+    '--implementations=chunked,triton', '--sequences=2', '--width=32', '--sizes=16',
+    '--dtype=float32', '--repeats=1', f'--out={tmp_path}',
+  ]  # fmt: skip
+  environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  with open(tmp_path / 'speed.csv') as file:
+    (row,) = csv.DictReader(file)
+  assert (row['operation'], row['implementation'], row['direction']) == ('rdn', 'chunked', 'decode')
+  assert float(row['milliseconds']) > 0
+  for column in ('date', 'commit', 'hardware', 'versions', 'command'):
+    assert row[column]
+  assert 'rdn triton decode 1: not run:' in done.stderr + done.stdout
