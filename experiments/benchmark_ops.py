@@ -22,6 +22,7 @@ command.
 """
 
 import collections
+import concurrent.futures
 import csv
 import datetime
 import importlib.metadata
@@ -37,7 +38,6 @@ import tempfile
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leaves memory for the peers
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from ops_benchmark import accuracy, contenders, figures, timing
 from ops_benchmark.problem import OPERATIONS, Problem, on_device
@@ -60,6 +60,7 @@ DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'
 CHECKED_SIZES = LIST('accuracy_sizes', ['64', '100', '128', '256'], 'its head sizes')
 CHECKED_LENGTHS = LIST('accuracy_lengths', ['1', '63', '2048', '4097'], 'its lengths, up to 4160')
 REPEATS = flags.DEFINE_integer('repeats', 7, 'samples of a median')
+WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
 OUT = flags.DEFINE_string('out', 'experiments/results', 'folder of the results')
 COMMIT = flags.DEFINE_string('commit', None, 'commit to record where the folder is no git checkout')
 PROFILE = flags.DEFINE_bool('profile', False, 'also print the time of each device kernel')
@@ -106,31 +107,42 @@ def check_accuracy(seed: int) -> tuple[list[dict], list[str]]:
   """Rows of the accuracy suite, and what is over its bar."""
   names = [n for n in SELECTED.value if n != 'flash']
   ours = [n for n in CONTENDERS.value if n in ('triton', 'chunked')]
-  cases = list(itertools.product(ours, names, map(int, CHECKED_SIZES.value)))
+  lengths = [int(n) for n in CHECKED_LENGTHS.value]
+  longest = max((n for n in lengths if n <= 2048), default=64)
+  # length, packed, how alike the keys are
+  variants = [(n, False, 0.0) for n in lengths] + [(longest, True, 0.0), (longest, False, 0.9)]
+  sizes = map(int, CHECKED_SIZES.value)
+  cases = [
+    (implementation, Problem(operation, 'forward_backward', 1, length, 2, size, DTYPE.value), *rest)
+    for implementation, operation, size, (length, *rest) in itertools.product(
+      ours, names, sizes, variants
+    )
+  ]
+
+  def check(case):
+    index, (implementation, problem, packed, correlation) = case
+    return accuracy.check(
+      problem, implementation, seed + index, packed=packed, correlation=correlation
+    )
+
   rows, failures = [], []
-  for implementation, operation, size in tqdm(cases, desc='accuracy'):
-    # length, packed, how alike the keys are
-    variants = [(int(length), False, 0.0) for length in CHECKED_LENGTHS.value]
-    longest = max((n for n, _, _ in variants if n <= 2048), default=64)
-    variants += [(longest, True, 0.0), (longest, False, 0.9)]
-    for length, packed, correlation in variants:
-      problem = Problem(operation, 'forward_backward', 1, length, 2, size, DTYPE.value)
-      seed += 1
-      case = f'{operation} {implementation} size {size} length {length}'
-      case += ' packed' * packed + ' correlated' * (correlation > 0)
+  with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
+    reports = [pool.submit(check, case) for case in enumerate(cases)]
+    for case, future in zip(cases, tqdm(reports, 'accuracy'), strict=True):
+      implementation, problem, packed, correlation = case
+      name = f'{problem.operation} {implementation} size {problem.size} length {problem.length}'
+      name += ' packed' * packed + ' correlated' * (correlation > 0)
       try:
-        report = accuracy.check(
-          problem, implementation, seed, packed=packed, correlation=correlation
-        )
+        report = future.result()
       except NotImplementedError as error:
-        tqdm.write(f'{case}: not run: {error}')
+        tqdm.write(f'{name}: not run: {error}')
         continue
       found = report.failures(DTYPE.value)
-      failures += [f'{case}: {f}' for f in found]
+      failures += [f'{name}: {f}' for f in found]
       rows.append({
-        'operation': operation, 'implementation': implementation, 'size': size, 'length': length,
-        'packed': packed, 'correlation': correlation, 'dtype': DTYPE.value, 'seed': seed,
-        'passed': not found, 'flipped_mask_entries': report.flipped,
+        'operation': problem.operation, 'implementation': implementation, 'size': problem.size,
+        'length': problem.length, 'packed': packed, 'correlation': correlation,
+        'dtype': problem.dtype, 'passed': not found, 'flipped_mask_entries': report.flipped,
         **{n: f'{e:.3e}' for n, e in report.errors.items()},
         **{f'cosine_{n}': f'{c:.6f}' for n, c in report.cosines.items()},
       })  # fmt: skip
@@ -171,36 +183,41 @@ def problems() -> list[Problem]:
 
 
 def time_ours(chosen: list[Problem], seed: int) -> list[dict]:
-  """Times what runs in JAX, in this process."""
-  rows = []
+  """Times what runs in JAX, in this process: compiles everything, several at a time, then times."""
   cases = [(p, i) for p in chosen for i in contenders.implementations(p.operation)]
   cases = [(p, i) for p, i in cases if i in CONTENDERS.value]
-  inputs, drawn = None, None
-  for problem, implementation in (progress := tqdm(cases, desc='speed')):
+
+  def prepare(case):
+    problem, implementation = case
+    shapes = jax.eval_shape(lambda: contenders.arguments(problem, on_device(problem, seed)))
+    function = contenders.build(problem, implementation)
+    if problem.direction != 'decode':
+      return timing.prepare(function, shapes)
+    states = 1 + problem.has_residual
+    return timing.prepare_in_place(function, shapes[:-states], shapes[-states:])
+
+  rows = []
+  with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
+    prepared = [pool.submit(prepare, case) for case in cases]
+    list(tqdm(concurrent.futures.as_completed(prepared), 'compile', total=len(prepared)))
+  for (problem, implementation), future in tqdm(list(zip(cases, prepared, strict=True)), 'speed'):
     name = f'{problem.operation} {implementation} {problem.direction} {problem.length}'
-    progress.set_postfix_str(name)
-    shape = (problem.batch, problem.length, problem.heads, problem.size)
-    if drawn != shape:
-      inputs, drawn = on_device(problem, seed), shape
     try:
-      if problem.direction == 'decode':
-        step, tokens, states = contenders.build_decode(problem, implementation, inputs)
-        measured = timing.measure_in_place(step, tokens, states, repeats=REPEATS.value)
-      else:
-        function, arguments = contenders.build(problem, implementation, inputs)
-        measured = timing.measure(function, arguments, repeats=REPEATS.value)
-        if PROFILE.value:
-          with tempfile.TemporaryDirectory() as folder:
-            for kernel, seconds in timing.kernels(function, arguments, folder).items():
-              tqdm.write(f'  {name}: {seconds * 1e3:.3f} ms {kernel[:90]}')
-    except (NotImplementedError, ImportError, ValueError, RuntimeError) as error:
+      programs = future.result()
+      arguments = contenders.arguments(problem, on_device(problem, seed))
+      measured = timing.measure(programs, arguments, repeats=REPEATS.value)
+    except (ArithmeticError, ImportError, NotImplementedError, ValueError, RuntimeError) as error:
       tqdm.write(f'{name}: not run: {str(error).splitlines()[0][:300]}')
       continue
+    if PROFILE.value:
+      for kernel, seconds in timing.kernels(programs, arguments).items():
+        tqdm.write(f'  {name}: {seconds * 1e3:.3f} ms {kernel[:90]}')
     rows.append({
       **vars(problem), 'implementation': implementation,
       'milliseconds': measured.seconds * 1e3, 'spread': measured.spread * 1e3, 'method': 'loop',
       'peak_bytes': measured.peak_bytes, 'compile_seconds': measured.compile_seconds,
     })  # fmt: skip
+    del arguments
   return rows
 
 
@@ -281,7 +298,6 @@ def main(argv):
     bandwidth, arithmetic = timing.ceilings()
     print(f'copy {bandwidth * 1e-12:.2f} TB/s, bf16 product {arithmetic * 1e-12:.0f} TFLOP/s')
     rows = time_ours(chosen, seed)
-    jnp.zeros(()).block_until_ready()
     if 'fla' in CONTENDERS.value:
       rows += time_peers(chosen)
     order = {vars(p)['operation']: i for i, p in enumerate(chosen)}

@@ -75,7 +75,7 @@ def build(problem: Problem, chosen: blocks.Blocks, inputs: tuple):
     dstates = jax.tree.map(jnp.zeros_like, outputs[1:])
     return outputs, pullback((do, *dstates))
 
-  return both, jax.jit(both).lower(inputs[2], *inputs).compile()
+  return timing.prepare(both, (inputs[2], *inputs))
 
 
 def is_right(problem: Problem, chosen: blocks.Blocks) -> bool:
@@ -100,11 +100,11 @@ def fastest(problem: Problem, candidates: list[blocks.Blocks], inputs: tuple, pr
     for candidate, future in compiling:
       progress.update()
       try:
-        function, compiled = future.result()
-        if timing.peak_bytes(compiled) > limit and candidate is not candidates[0]:
+        prepared = future.result()
+        if timing.peak_bytes(prepared.once) > limit and candidate is not candidates[0]:
           fallen['over the memory limit'] += 1
           continue
-        seconds = timing.measure(function, (inputs[2], *inputs), repeats=3).seconds
+        seconds = timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds
         times.append((seconds, len(times), candidate))
       except Exception as error:  # a tile may be too large for the compiler or the card
         fallen[type(error).__name__] += 1

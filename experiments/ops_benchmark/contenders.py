@@ -32,44 +32,54 @@ def operator(problem: Problem, implementation: str):
   return run
 
 
-def build(problem: Problem, implementation: str, inputs: dict[str, jax.Array]):
-  """The function to time and its arguments: forward, or forward and backward."""
-  arguments = tuple(inputs[n] for n in ('q', 'k', 'v', 'log_decay', 'beta', 'gamma'))
+def build(problem: Problem, implementation: str):
+  """The function to time, of what `arguments` returns: forward, or forward and backward."""
+  if problem.direction == 'decode':
+    return _step(problem, implementation)
   forward = operator(problem, implementation)
   if problem.direction == 'forward':
-    return (lambda *a: (forward(*a),)), arguments
-  do = jax.random.normal(jax.random.key(7), inputs['v'].shape, inputs['v'].dtype)
+    return lambda do, *a: (forward(*a),)
   used = {'flash': 3, 'gdn': 5, 'simple_gla': 5}.get(problem.operation, 6)
 
   def both(do, *a):
     o, pullback = jax.vjp(lambda *x: forward(*x, *a[used:]), *a[:used])
     return (o, *pullback(do))
 
-  return both, (do, *arguments)
+  return both
 
 
-def build_decode(problem: Problem, implementation: str, inputs: dict[str, jax.Array]):
-  """One token for every sequence; the states are fed back."""
-  arguments = {n: x[:, 0] for n, x in inputs.items()}
-  if not problem.has_residual:
-    arguments['gamma'] = None
-  shape = (problem.batch, problem.heads, problem.size, problem.size)
-  base = jax.random.normal(jax.random.key(3), shape, jnp.float32) * 0.1
-  residual = base[::-1] if problem.has_residual else None
-  update = 'delta' if problem.is_delta else 'additive'
-  tokens = tuple(arguments[n] for n in ('q', 'k', 'v', 'log_decay', 'beta', 'gamma'))
+def _step(problem, implementation):
   if implementation == 'triton':
     from rla_jax.kernels.residual.gpu.step import residual_attention_step
 
+    update = 'delta' if problem.is_delta else 'additive'
     step = functools.partial(residual_attention_step, update=update, clip=1.0, readout='gated')
-    return step, tokens, (base, residual)
-  plain = (
-    ops.residual_delta_rule_step if problem.is_delta else ops.residual_linear_attention_step
-  )
+  else:
+    plain = (
+      ops.residual_delta_rule_step if problem.is_delta else ops.residual_linear_attention_step
+    )
 
-  def step(*arguments):
-    *token, base, residual = arguments
-    o, state = plain(*token, ops.ResidualState(base, residual))
-    return o, state.base, state.residual
+    def step(*arguments):
+      *token, base, residual = arguments
+      o, state = plain(*token, ops.ResidualState(base, residual))
+      return o, state.base, state.residual
 
-  return step, tokens, (base, residual)
+  if problem.has_residual:
+    return step
+
+  def base_step(q, k, v, log_decay, beta, base):
+    return step(q, k, v, log_decay, beta, None, base, None)[:2]
+
+  return base_step
+
+
+def arguments(problem: Problem, inputs: dict[str, jax.Array]) -> tuple:
+  """What the function takes: do and the inputs, or a token of every sequence and the states."""
+  names = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')
+  if problem.direction != 'decode':
+    do = jax.random.normal(jax.random.key(7), inputs['v'].shape, inputs['v'].dtype)
+    return (do, *(inputs[n] for n in names))
+  shape = (problem.batch, problem.heads, problem.size, problem.size)
+  base = jax.random.normal(jax.random.key(3), shape, jnp.float32) * 0.1
+  tokens = tuple(inputs[n][:, 0] for n in names)
+  return (*tokens, base, base[::-1]) if problem.has_residual else (*tokens[:5], base)

@@ -9,6 +9,8 @@ program without the function and taken off. The median of several differences is
 """
 
 import dataclasses
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -29,58 +31,85 @@ class Measurement:
   compile_seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """The compiled programs of a measurement: the function, the loop, the loop without it."""
+
+  once: jax.stages.Compiled
+  loop: jax.stages.Compiled
+  empty: jax.stages.Compiled | None
+  compile_seconds: float
+
+
+def prepare(function: Callable, inputs: tuple) -> Prepared:
+  """Compiles what `measure` runs; `inputs` are arrays or ShapeDtypeStructs. Threads may do it."""
+  once, outputs, seconds = _compile(function, inputs)
+
+  def body(inputs, outputs):
+    return inputs, function(*_touch(inputs, outputs))
+
+  def nothing(inputs, outputs):
+    return _touch(inputs, outputs), outputs
+
+  state = (inputs, outputs)
+  return Prepared(once, _compile_loop(body, state), _compile_loop(nothing, state), seconds)
+
+
+def prepare_in_place(step: Callable, inputs: tuple, states: tuple) -> Prepared:
+  """The same for `o, *states = step(*inputs, *states)` with the states fed back: decoding."""
+  once, outputs, seconds = _compile(step, (*inputs, *states))
+
+  def body(inputs, outputs):
+    o, *new = step(*inputs, *outputs[1:])
+    return inputs, (o, *new)
+
+  return Prepared(once, _compile_loop(body, (inputs, tuple(outputs))), None, seconds)
+
+
+def _compile(function, inputs):
+  start = time.perf_counter()
+  compiled = jax.jit(function).lower(*inputs).compile()
+  return compiled, jax.eval_shape(function, *inputs), time.perf_counter() - start
+
+
+def _compile_loop(body, state):
+  def run(*state):
+    return jax.lax.fori_loop(0, LOOP, lambda _, carry: body(*carry), state)
+
+  return jax.jit(run, donate_argnums=(0, 1)).lower(*state).compile()
+
+
 def measure(
-  function: Callable, inputs: tuple, *, repeats: int = 7, target_seconds: float = 0.05
+  prepared: Prepared, inputs: tuple, *, repeats: int = 7, target_seconds: float = 0.05
 ) -> Measurement:
-  """Times `function(*inputs)`. `target_seconds` is the device time of one sample.
+  """Times what `prepared` holds. `target_seconds` is the device time of one sample.
 
   Peak memory is what the compiled program allocates: arguments, outputs and temporaries.
+
+  Args:
+    prepared: what `prepare` or `prepare_in_place` returned.
+    inputs: all arguments of the function, as it was prepared for.
+    repeats: samples of the median.
+    target_seconds: see above.
 
   Raises:
     FloatingPointError: an output is not finite or all zero, so that its time would mean nothing.
   """
-  start = time.perf_counter()
-  compiled = jax.jit(function).lower(*inputs).compile()
-  compile_seconds = time.perf_counter() - start
-  outputs = jax.block_until_ready(compiled(*inputs))
+  outputs = jax.block_until_ready(prepared.once(*inputs))
   _check(outputs)
-  state = (inputs, outputs)
-
-  def body(inputs, _):
-    return inputs, function(*inputs)
-
-  seconds, spread = _time(body, state, repeats, target_seconds)
-  overhead, _ = _time(lambda *state: state, state, 3, target_seconds / 8)
-  return Measurement(seconds - overhead, spread, peak_bytes(compiled), compile_seconds)
-
-
-def measure_in_place(step: Callable, inputs: tuple, states: tuple, **options) -> Measurement:
-  """Times `o, *states = step(*inputs, *states)` with the states fed back, as in decoding."""
-  start = time.perf_counter()
-  compiled = jax.jit(step).lower(*inputs, *states).compile()
-  compile_seconds = time.perf_counter() - start
-  outputs = compiled(*inputs, *states)
-  _check(outputs)
-  options = {'repeats': 7, 'target_seconds': 0.05} | options
-
-  def body(inputs, carry):
-    o, *new = step(*inputs, *carry[1])
-    return inputs, (o, tuple(new))
-
-  seconds, spread = _time(body, (inputs, (outputs[0], states)), touch=False, **options)
-  return Measurement(seconds, spread, peak_bytes(compiled), compile_seconds)
+  arguments = inputs
+  if prepared.empty is None:  # the states are carried as outputs
+    outputs = tuple(outputs)
+    arguments = inputs[: len(inputs) - (len(outputs) - 1)]
+  state = (arguments, outputs)
+  seconds, spread = _time(prepared.loop, state, repeats, target_seconds)
+  if prepared.empty is not None:
+    seconds -= _time(prepared.empty, state, 3, target_seconds / 8)[0]
+  return Measurement(seconds, spread, peak_bytes(prepared.once), prepared.compile_seconds)
 
 
-def _time(body, state, repeats, target_seconds, touch=True):
-  def run(first, second):
-    def once(_, carry):
-      first, second = carry
-      return body(_touch(first, second) if touch else first, second)
-
-    return jax.lax.fori_loop(0, LOOP, once, (first, second))
-
-  program = jax.jit(run, donate_argnums=(0, 1)).lower(*state).compile()
-  state = jax.tree.map(jnp.copy, state)
+def _time(program, state, repeats, target_seconds):
+  state = jax.tree.map(jnp.copy, state)  # the program takes over its arguments
 
   def clock(dispatches):
     nonlocal state
@@ -125,29 +154,27 @@ def ceilings() -> tuple[float, float]:
   """Bytes a second of a large copy, read plus written, and flops a second of a bf16 product."""
   on_cpu = jax.default_backend() == 'cpu'
   data = jax.random.normal(jax.random.key(0), (2**20 if on_cpu else 2**29,))
-  copy = measure(lambda x: (x * 1.0000001,), (data,), repeats=5)
+  copy = measure(prepare(lambda x: (x * 1.0000001,), (data,)), (data,), repeats=5)
   n = 512 if on_cpu else 8192
   a, b = jax.random.normal(jax.random.key(1), (2, n, n), jnp.bfloat16)
-  product = measure(lambda a, b: (a @ b,), (a, b), repeats=5)
+  product = measure(prepare(lambda a, b: (a @ b,), (a, b)), (a, b), repeats=5)
   return 2 * data.nbytes / copy.seconds, 2 * n**3 / product.seconds
 
 
-def kernels(function: Callable, inputs: tuple, folder: str, calls: int = 3) -> dict[str, float]:
-  """Seconds of each device kernel in one call of `function(*inputs)`, from the profiler."""
-  compiled = jax.jit(function).lower(*inputs).compile()
-  jax.block_until_ready(compiled(*inputs))
-  with jax.profiler.trace(folder):
-    for _ in range(calls):
-      jax.block_until_ready(compiled(*inputs))
-  from pathlib import Path
-
-  newest = max(Path(folder).rglob('*.xplane.pb'), key=lambda p: p.stat().st_mtime)
+def kernels(prepared: Prepared, inputs: tuple, calls: int = 3) -> dict[str, float]:
+  """Seconds of each device kernel in one call, the longest first, from the profiler."""
+  jax.block_until_ready(prepared.once(*inputs))
   times: dict[str, float] = {}
-  for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
-    if not plane.name.startswith('/device:GPU'):
-      continue
-    for line in plane.lines:
-      if 'Stream' in line.name:
-        for event in line.events:
-          times[event.name] = times.get(event.name, 0) + event.duration_ns * 1e-9 / calls
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(calls):
+        jax.block_until_ready(prepared.once(*inputs))
+    (file,) = pathlib.Path(folder).rglob('*.xplane.pb')
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+      if not plane.name.startswith('/device:GPU'):
+        continue
+      for line in plane.lines:
+        if 'Stream' in line.name:
+          for event in line.events:
+            times[event.name] = times.get(event.name, 0) + event.duration_ns * 1e-9 / calls
   return dict(sorted(times.items(), key=lambda item: -item[1]))

@@ -129,14 +129,16 @@ def test_timing_runs_the_function_every_time():
   def function(x):
     return (jax.pure_callback(count, jax.ShapeDtypeStruct(x.shape, x.dtype), x),)
 
-  timing.measure(function, (jnp.ones(4),), repeats=1, target_seconds=0)
+  x = jnp.ones(4)
+  timing.measure(timing.prepare(function, (x,)), (x,), repeats=1, target_seconds=0)
   dispatches = 1 + 4 + 2 + 1  # the first, four to see how long one takes, a sample
   assert len(runs) == 1 + dispatches * timing.LOOP
 
 
 def test_timing_refuses_zeros():
+  x = jnp.ones(8)
   with pytest.raises(FloatingPointError, match='sums to 0'):
-    timing.measure(lambda x: (x * 0,), (jnp.ones(8),))
+    timing.measure(timing.prepare(lambda x: (x * 0,), (x,)), (x,))
 
 
 def test_command_writes_what_it_measured(tmp_path):
