@@ -75,7 +75,8 @@ def backward(
   )(*(x for x, _ in inputs.values()))
   out = dict(zip(outputs, out))
   if plan.group > plan.heads:
-    fold = lambda x: x.reshape(*x.shape[:2], -1, plan.group // plan.heads, plan.key_dim).sum(3)
+    def fold(x):
+      return x.reshape(*x.shape[:2], -1, plan.group // plan.heads, plan.key_dim).sum(3)
     out |= {name: fold(out[name]).reshape(q_BTF.shape) for name in ('dq', 'dk')}
   return out
 
@@ -103,7 +104,8 @@ def backward_kernel(*refs, plan: Plan, inputs: tuple[str, ...], outputs: tuple[s
 def _chunk(ins, outs, c, n, h, plan):
   """One chunk of one head; a generator that yields between dependent products."""
   rule, chunk, at = plan.rule, plan.chunk, plan.tokens_of(n)
-  values = lambda name: ins[name][0, at, plan.values_of(h)]
+  def values(name):
+    return ins[name][0, at, plan.values_of(h)]
   q, k = ins['q'][0, at, plan.keys_of(h)], ins['k'][0, at, plan.keys_of(h)]
   dtype = q.dtype
   v, do = values('v').astype(jnp.float32), values('do')
@@ -143,7 +145,8 @@ def _chunk(ins, outs, c, n, h, plan):
   u = b * f_base
   uw = u.astype(dtype)
   if rule.residual:
-    p = from_start * k_base + multiply(px, uw)
+    # As the forward pass rounds it, for the same mask.
+    p = from_start * k_base + multiply(px * c.row(tokens.BETA), f_base)
     yield
     d = v - p
     clipped = d if rule.clip is None else jnp.clip(d, -rule.clip, rule.clip)

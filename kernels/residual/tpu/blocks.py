@@ -11,6 +11,11 @@ from rla_jax.kernels.residual.tpu import tokens
 LANES = 128
 
 
+# What one grid step of the largest kernel may take of a core's vector memory.
+VMEM_LIMIT = 56 * 2**20
+CHUNKS = (64, 128)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
   """Sizes of a grid step.
@@ -18,12 +23,15 @@ class Blocks:
   Attributes:
     chunk: tokens of a chunk, 8 times a power of two. Compiled kernels take 64 or 128.
     chunks: chunks of a grid step, walked by a loop inside it. Fewer where the sequence is short.
-    heads: value heads of a grid step, interleaved to hide the matrix unit's latency.
+    heads: most value heads of a grid step, interleaved to hide the matrix unit's latency; fewer
+      where the heads are few or large.
+    vmem: bytes of vector memory that a grid step may take, the pipeline's second buffers included.
   """
 
   chunk: int = 64
   chunks: int = 4
-  heads: int = 2
+  heads: int = 8
+  vmem: int = VMEM_LIMIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Plan:
 
   Attributes:
     rule: what is computed.
-    chunk, chunks, heads: as `Blocks`.
+    chunk, chunks, heads, vmem: as `Blocks`, with the heads of a block.
     group: value heads of a key head.
     key_dim, value_dim: padded sizes of a head.
     interpret: False, True or pltpu.InterpretParams.
@@ -62,6 +70,7 @@ class Plan:
   group: int
   key_dim: int
   value_dim: int
+  vmem: int = VMEM_LIMIT
   interpret: bool | pltpu.InterpretParams = False
 
   @property
@@ -96,11 +105,13 @@ class Plan:
     width = self.chunk * self.chunks
     turn = (lambda n: n) if blocks is None else (lambda n: blocks - 1 - n)
     # Several head blocks may share a key head.
-    key_block = lambda j: j * self.heads // (self.group * self.keys)
+    def key_block(j):
+      return j * self.heads // (self.group * self.keys)
     spec = pl.BlockSpec
-    per_chunk = lambda rows, lanes: spec(
-      (1, self.heads, self.chunks, rows, lanes), lambda b, j, n: (b, j, turn(n), 0, 0)
-    )
+    def per_chunk(rows, lanes):
+      return spec(
+          (1, self.heads, self.chunks, rows, lanes), lambda b, j, n: (b, j, turn(n), 0, 0)
+        )
     return {
       'key': spec((1, width, self.keys * self.key_dim), lambda b, j, n: (b, turn(n), key_block(j))),
       'value': spec((1, width, self.heads * self.value_dim), lambda b, j, n: (b, turn(n), j)),
@@ -115,12 +126,9 @@ class Plan:
     """Keyword arguments of pallas_call that all kernels share."""
     last = 'arbitrary' if sequential else 'parallel'
     compiler = pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', last), vmem_limit_bytes=VMEM_LIMIT
+      dimension_semantics=('parallel', 'parallel', last), vmem_limit_bytes=self.vmem
     )
-    return dict(compiler_params=compiler, interpret=self.interpret)
-
-
-VMEM_LIMIT = 64 * 2**20
+    return {'compiler_params': compiler, 'interpret': self.interpret}
 
 
 def struct(shape, dtype, *like):
@@ -130,22 +138,57 @@ def struct(shape, dtype, *like):
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kinds[0].update(varying=varying))
 
 
+def heuristic(chunk_size: int | None, interpret) -> Blocks:
+  """Block sizes for the TPU that the program is traced for.
+
+  Chunks of 64 are best on every generation: they halve the triangular systems, whose cost grows
+  with the square of the chunk for a token, and pairs of them fill a matrix unit of 128. A v4 core
+  has an eighth of the vector memory, so it takes fewer heads at a time.
+
+  Raises:
+    ValueError: `chunk_size` is none that the kernels have.
+  """
+  allowed = CHUNKS if interpret is False else (8, 16, 32, *CHUNKS)
+  if chunk_size is not None and chunk_size not in allowed:
+    raise ValueError(f'chunk_size {chunk_size}: the TPU kernels take {allowed}')
+  chunk = chunk_size or CHUNKS[0]
+  if interpret is not False:
+    return Blocks(chunk=chunk)
+  core = pltpu.get_tpu_info()
+  return Blocks(chunk=chunk, vmem=min(VMEM_LIMIT, core.vmem_capacity_bytes * 7 // 8))
+
+
 def choose(
-  blocks: Blocks, *, time: int, heads: int, keys: int, key_dim: int, value_dim: int
+  blocks: Blocks, *, time: int, heads: int, keys: int, key_dim: int, value_dim: int, itemsize: int
 ) -> tuple[int, int, int, int]:
   """(chunks, heads of a grid step, padded key size, padded value size).
 
   Heads lie side by side in the lanes, so a block of heads must fill whole registers of 128 lanes or
-  be all there are; heads of 64 do so two at a time, other sizes are padded.
+  be all there are; heads of 64 do so two at a time, other sizes are padded. Fewer heads, then fewer
+  chunks, where a grid step would not fit in vector memory.
   """
-  chunks = min(blocks.chunks, pl.cdiv(time, blocks.chunk))
   group = heads // keys
-  for unit in (64, LANES):
-    k, v = (unit if size <= unit else pl.cdiv(size, LANES) * LANES for size in (key_dim, value_dim))
-    for h in range(min(blocks.heads, heads), 0, -1):
-      g = max(1, h // group)
-      shares = heads % h == 0 and (h % group == 0 or group % h == 0)
-      fills = (h * v % LANES == 0 or h == heads) and (g * k % LANES == 0 or g == keys)
-      if shares and fills:
-        return chunks, h, k, v
-  raise AssertionError('one head of whole registers always fits')
+  for chunks in range(min(blocks.chunks, pl.cdiv(time, blocks.chunk)), 0, -1):
+    for unit in (64, LANES):
+      def pad(size, unit=unit):
+        return unit if size <= unit else pl.cdiv(size, LANES) * LANES
+      k, v = pad(key_dim), pad(value_dim)
+      for h in range(min(blocks.heads, heads), 0, -1):
+        g = max(1, h // group)
+        shares = heads % h == 0 and (h % group == 0 or group % h == 0)
+        fills = (h * v % LANES == 0 or h == heads) and (g * k % LANES == 0 or g == keys)
+        small = h * grid_step_bytes(blocks.chunk, chunks, k, v, itemsize) <= blocks.vmem
+        if shares and fills and small:
+          return chunks, h, k, v
+  raise AssertionError('one chunk of one head of whole registers always fits')
+
+
+def grid_step_bytes(chunk: int, chunks: int, key_dim: int, value_dim: int, itemsize: int) -> int:
+  """Vector memory a head of the backward kernel takes, which is the largest."""
+  key, value = max(key_dim, LANES), max(value_dim, LANES)
+  width = chunk * chunks
+  streams = width * (4 * key + 5 * value + 2 * 2 * LANES) * itemsize
+  states = 2 * chunks * key * value * itemsize + 4 * key * value * 4
+  scalars = 2 * chunks * tokens.ROWS * LANES * 4
+  live = 24 * chunk * max(key, value, 2 * chunk) * 4 + 2 * key * value * 4
+  return 2 * (streams + states + scalars) + live

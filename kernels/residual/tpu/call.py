@@ -23,14 +23,16 @@ def attend(
   """Pads, lays heads side by side in the lanes, runs the kernels, and undoes both."""
   _, time, keys, key_dim = q_BTGK.shape
   heads, value_dim = v_BTHV.shape[2:]
+  # Values decide what is served; queries or keys of a wider type widen the computation.
+  dtype = jnp.result_type(q_BTGK, k_BTGK, v_BTHV)
   chunks, block_heads, key_pad, value_pad = blocks.choose(
-    sizes, time=time, heads=heads, keys=keys, key_dim=key_dim, value_dim=value_dim
-  )
+    sizes, time=time, heads=heads, keys=keys, key_dim=key_dim, value_dim=value_dim,
+    itemsize=dtype.itemsize,
+  )  # fmt: skip
   plan = Plan(
-    rule, sizes.chunk, chunks, block_heads, heads // keys, key_pad, value_pad, interpret
+    rule, sizes.chunk, chunks, block_heads, heads // keys, key_pad, value_pad, sizes.vmem, interpret
   )
   rest = -time % (sizes.chunk * chunks)
-  dtype = jnp.result_type(q_BTGK, k_BTGK, v_BTHV)
 
   def lanes(x_BTHF, width):
     x_BTHF = jnp.pad(x_BTHF, [(0, 0), (0, rest), (0, 0), (0, width - x_BTHF.shape[3])])
@@ -52,7 +54,8 @@ def attend(
     segments_BT,
   )  # fmt: skip
   o_BTHV = o_BTF.reshape(*o_BTF.shape[:2], heads, value_pad)[:, :time, :, :value_dim]
-  cut = lambda x: None if x is None else x[:, :, :key_dim, :value_dim]
+  def cut(x):
+    return None if x is None else x[:, :, :key_dim, :value_dim]
   return o_BTHV.astype(v_BTHV.dtype), cut(base), cut(residual)
 
 
@@ -72,7 +75,7 @@ def _run(plan, q, k, v, log_decay, beta, gamma, base, residual, segments, *, sav
 
 def _forward_rule(plan, q, k, v, log_decay, beta, gamma, base, residual, segments):
   out, saved = _run(plan, q, k, v, log_decay, beta, gamma, base, residual, segments, save=True)
-  kinds = dict(bases=0, residuals=0, inverse=1, f_base=2, f_residual=2)
+  kinds = {'bases': 0, 'residuals': 0, 'inverse': 1, 'f_base': 2, 'f_residual': 2}
   saved = {
     name: None if x is None else checkpoint_name(x, SAVED[kinds[name]]) for name, x in saved.items()
   }

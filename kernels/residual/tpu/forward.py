@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from rla_jax.kernels.residual.tpu import blocks, tiles, tokens
-from rla_jax.kernels.residual.tpu.blocks import Plan, Rule
-from rla_jax.kernels.residual.tpu.tiles import NT, TN, dot, iota
+from rla_jax.kernels.residual.tpu.blocks import Plan
+from rla_jax.kernels.residual.tpu.tiles import NT, dot, iota
 
 
 def forward(
@@ -30,7 +30,7 @@ def forward(
 ):
   """Runs the forward kernel: a dict of `o`, `base`, `residual` and, with `save`, what it saved."""
   rule, like = plan.rule, (q_BTF, k_BTF, v_BTF, rows_BHNRC, base_BHKV)
-  spec, out = plan.specs(), {}
+  spec = plan.specs()
   batch, heads, n_chunks = rows_BHNRC.shape[:3]
   dtype, state = q_BTF.dtype, (batch, heads, plan.key_dim, plan.value_dim)
   states = (batch, heads, n_chunks, plan.key_dim, plan.value_dim)
@@ -44,42 +44,32 @@ def forward(
     'f_residual': (save and rule.delta and rule.residual, 'value', v_BTF.shape, dtype),
   }
   outputs = {name: row[1:] for name, row in outputs.items() if row[0]}
-  inputs = [(q_BTF, 'key'), (k_BTF, 'key'), (v_BTF, 'value'), (rows_BHNRC, 'rows')]
-  inputs += [(inverse, 'inverse'), (base_BHKV, 'state'), (residual_BHKV, 'state')]
-  inputs = [(x, kind) for x, kind in inputs if x is not None]
+  inputs = {'q': (q_BTF, 'key'), 'k': (k_BTF, 'key'), 'v': (v_BTF, 'value')}
+  inputs |= {'rows': (rows_BHNRC, 'rows'), 'inverse': (inverse, 'inverse')}
+  inputs |= {'base': (base_BHKV, 'state'), 'residual': (residual_BHKV, 'state')}
+  inputs = {name: pair for name, pair in inputs.items() if pair[0] is not None}
   out = pl.pallas_call(
-    functools.partial(forward_kernel, plan=plan, save=save),
+    functools.partial(forward_kernel, plan=plan, inputs=tuple(inputs), outputs=tuple(outputs)),
     grid=plan.grid(v_BTF),
-    in_specs=[spec[kind] for _, kind in inputs],
+    in_specs=[spec[kind] for _, kind in inputs.values()],
     out_specs=[spec[kind] for kind, _, _ in outputs.values()],
     out_shape=[blocks.struct(shape, dtype, *like) for _, shape, dtype in outputs.values()],
     name='residual_forward',
     **plan.params(sequential=True),
-  )(*(x for x, _ in inputs))
+  )(*(x for x, _ in inputs.values()))
   return dict(zip(outputs, out))
 
 
-def forward_kernel(*refs, plan: Plan, save: bool):
-  """One grid step. References in order, those that a rule does not need being absent:
-
-  in   q, k [1, c C, keys K]; v [1, c C, h V]; rows [1, h, c, R, C]; inverse [1, h, c, C, 2 C];
-       base, residual [1, h, K, V]
-  out  o [1, c C, h V]; base, residual [1, h, K, V]
-  saved for the backward pass: base, residual at every chunk's start [1, h, c, K, V]; F_b, F_g as v.
-  """
-  rule, it = plan.rule, iter(refs)
-  take = lambda present=True: next(it) if present else None
-  ins = dict(q=take(), k=take(), v=take(), rows=take(), inverse=take(rule.delta))
-  first_base, first_residual = take(), take(rule.residual)
-  outs = dict(o=take(), base=take(), residual=take(rule.residual))
-  outs |= dict(bases=take(save), residuals=take(save and rule.residual))
-  outs |= dict(f_base=take(save and rule.delta), f_residual=take(save and rule.delta and rule.residual))
+def forward_kernel(*refs, plan: Plan, inputs: tuple[str, ...], outputs: tuple[str, ...]):
+  """One grid step; references by name as `forward` lists them, blocks as in `Plan.specs`."""
+  rule = plan.rule
+  ins, outs = dict(zip(inputs, refs)), dict(zip(outputs, refs[len(inputs) :]))
 
   @pl.when(pl.program_id(2) == 0)
   def _():
-    outs['base'][...] = first_base[...]
+    outs['base'][...] = ins['base'][...]
     if rule.residual:
-      outs['residual'][...] = first_residual[...]
+      outs['residual'][...] = ins['residual'][...]
 
   def body(n, _):
     scalars = tiles.scalars(ins['rows'], n, plan.heads)
@@ -101,7 +91,7 @@ def _chunk(ins, outs, c, n, h, plan):
 
   base = outs['base'][0, h]
   base_low = base.astype(dtype)
-  if outs['bases'] is not None:
+  if 'bases' in outs:
     outs['bases'][0, h, n] = base_low
   kq_base = dot(kq, base_low, dtype=dtype)
   k_base, q_base = kq_base[:chunk], kq_base[chunk:]
@@ -109,7 +99,7 @@ def _chunk(ins, outs, c, n, h, plan):
   if rule.residual:
     residual = outs['residual'][0, h]
     residual_low = residual.astype(dtype)
-    if outs['residuals'] is not None:
+    if 'residuals' in outs:
       outs['residuals'][0, h, n] = residual_low
     kq_residual = dot(kq, residual_low, dtype=dtype)
     k_residual, q_residual = kq_residual[:chunk], kq_residual[chunk:]
@@ -127,7 +117,7 @@ def _chunk(ins, outs, c, n, h, plan):
     f_base = dot(inverse[:, :chunk], v - a * k_base, dtype=dtype)
     yield
   f_base = f_base.astype(dtype)
-  if outs['f_base'] is not None:
+  if 'f_base' in outs:
     outs['f_base'][0, at, plan.values_of(h)] = f_base
   k_t = k.T.astype(jnp.float32)
   to_end, keep = c.row(tokens.TO_END), c.whole_chunk()
@@ -147,7 +137,7 @@ def _chunk(ins, outs, c, n, h, plan):
     f_residual = dot(inverse[:, chunk:], f_residual - k_residual, dtype=dtype)
     yield
   f_residual = f_residual.astype(dtype)
-  if outs['f_residual'] is not None:
+  if 'f_residual' in outs:
     outs['f_residual'][0, at, plan.values_of(h)] = f_residual
   writes = dot(k_t * (to_end * c.row(tokens.GAMMA)), f_residual, dtype=dtype)
   outs['residual'][0, h] = jnp.where(keep > 0, keep * residual, 0.0) + writes

@@ -1,5 +1,6 @@
-"""The triangular inverses of the delta rule, for all chunks at once: they need neither values nor state.
+"""The triangular inverses of the delta rule, for all chunks at once.
 
+They need neither values nor states, so the kernel is parallel over chunks.
 For a chunk with Gram matrix A (equation 6), and gate b or g on the diagonal:
 
     T = (I + A diag(gate))^-1      so that    F = T (V - E X),   U = diag(gate) F
@@ -14,8 +15,7 @@ substitution on the vector unit in float32, then merges
     [[D1, 0], [N, D2]]^-1 = [[D1^-1, 0], [-D2^-1 N D1^-1, D2^-1]]
 
 at 8, 16, 32. Their products take float32 operands as sums of two bf16 parts and keep three of the
-four partial products. The parts of an operand share one pass of the matrix unit: the
-off-diagonal half of each block pair is zero, and holds the low part.
+four partial products; for float32 inputs they are at full float32 precision.
 """
 
 import functools
@@ -77,7 +77,7 @@ def invert_pair(n_pair, *, split):
   A generator that returns the inverses; it yields between stages. `split`: float32 operands as two
   bf16 parts and three passes; otherwise products at full float32 precision.
   """
-  chunk, lanes = n_pair.shape
+  chunk = n_pair.shape[0]
   strips = [n_pair[i : i + SUB] for i in range(0, chunk, SUB)]
   inverse = _diagonal_blocks(strips, chunk)
   yield
@@ -112,54 +112,65 @@ def _merge(strips, inverse, size, split):
   odd = [i for i in range(len(strips)) if i // per % 2]
   half = (len(odd) * SUB, lanes)
   lane = iota(half, 1) % chunk
-  is_even = lane // size % 2 == 0
-  pair_of_row = iota(half, 0) // size
-  off_diagonal = is_even & (lane // (2 * size) == pair_of_row)
+  off_diagonal = lane // size == iota(half, 0) // size * 2
 
   n = jnp.where(off_diagonal, jnp.concatenate([strips[i] for i in odd]), 0.0)
   d_even = jnp.concatenate([inverse[i - per] for i in odd])
   d_odd = jnp.concatenate([inverse[i] for i in odd])
 
-  x = yield from _block_product(n, d_even, is_even, size, split)
-  y = yield from _block_product(_roll(d_odd, -size), x, is_even, size, split)
+  multiply = _split_product if split else _exact_product
+  x = yield from multiply(n, d_even, size, 0)
+  y = yield from multiply(d_odd, x, size, 1)
   merged = list(inverse)
   for j, i in enumerate(odd):
     merged[i] = inverse[i] - y[j * SUB : (j + 1) * SUB]
   return merged
 
 
-def _block_product(x, y, is_even, size, split):
-  """Products of the blocks of x and y, a pair of blocks at a time, where both fill even lanes.
+def _exact_product(x, y, size, parity):
+  """Products of the blocks of x and y, a pair of blocks at a time, in float32.
 
-  x, y [C/2, 2C]: block pair p in rows p * size onwards and in the even lanes of pair p.
-  With `split`, odd lanes of x take its low part and odd lanes of y the low part of y:
-
-      [x_hi | x_lo] [[y_hi, y_lo], [y_hi, 0]] = [x_hi y_hi + x_lo y_hi | x_hi y_lo]
+  x, y [C/2, 2C]: rows p * size onwards belong to block pair p. The blocks of x stand in the even
+  (`parity` 0) or odd (1) lanes of their pair; the result stands where y does.
   """
-  if split:
-    x_hi, x_lo = _parts(x)
-    y_hi, y_lo = _parts(y)
-    x = x_hi + _roll(x_lo, size)
-    out = yield from _expand_and_multiply(x, y_hi + _roll(y_lo, size), y_hi, size, jnp.bfloat16)
-    out = out + _roll(out, -size)
-  else:
-    out = yield from _expand_and_multiply(x, y, jnp.zeros_like(y), size, jnp.float32)
-  return jnp.where(is_even, out, 0.0)
-
-
-def _expand_and_multiply(x, y_even, y_odd, size, dtype):
-  """x [C/2, 2C] times the block diagonal matrix whose rows are y_even, y_odd in turn, per gate."""
-  lanes = x.shape[1]
-  chunk = lanes // 2
-  rows = []
-  for i in range(0, y_even.shape[0], size):
-    rows += [y_even[i : i + size], y_odd[i : i + size]]
-  y = jnp.concatenate(rows)
-  first = iota((chunk, lanes), 1) < chunk
-  weights = jnp.concatenate([jnp.where(first, y, 0.0), jnp.where(first, 0.0, y)])
-  out = dot(x, weights, dtype=dtype)
+  zero = jnp.zeros_like(y)
+  weights = _alternate(zero, y, size) if parity else _alternate(y, zero, size)
+  out = dot(x, _block_diagonal(weights), dtype=jnp.float32)
   yield
   return out
+
+
+def _split_product(x, y, size, parity):
+  """`_exact_product` from bf16 parts of both, x_hi y_hi + x_hi y_lo + x_lo y_hi.
+
+  The free half of the lanes takes a second x_hi, facing the low part of y:
+
+      [x_hi | x_hi]   [y_hi]
+      [x_lo |  0  ] * [y_lo]        and the two halves of the rows are summed.
+  """
+  x_hi, x_lo = _parts(x)
+  y_hi, y_lo = _parts(y)
+  away = _roll(x_hi, -size if parity else size)
+  left = jnp.concatenate([x_hi + away, x_lo]).astype(jnp.bfloat16)
+  weights = _alternate(y_lo, y_hi, size) if parity else _alternate(y_hi, y_lo, size)
+  out = dot(left, _block_diagonal(weights), dtype=jnp.bfloat16)
+  yield
+  half = x.shape[0]
+  return out[:half] + out[half:]
+
+
+def _alternate(even, odd, size):
+  """Rows of blocks: even ones from one array, odd ones from the other."""
+  rows = []
+  for i in range(0, even.shape[0], size):
+    rows += [even[i : i + size], odd[i : i + size]]
+  return jnp.concatenate(rows)
+
+
+def _block_diagonal(pair):
+  """[X | Y] [C, 2C] as [[X, 0], [0, Y]]."""
+  first = iota(pair.shape, 1) < pair.shape[0]
+  return jnp.concatenate([jnp.where(first, pair, 0.0), jnp.where(first, 0.0, pair)])
 
 
 def _parts(x):
