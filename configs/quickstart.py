@@ -1,26 +1,35 @@
-"""A small Residual Delta Net on the Python standard library's sources, byte by byte, on a CPU."""
+"""A small Residual Delta Net on the Python standard library's sources, byte by byte, on a CPU.
 
-from rla_jax.training import get_config as base
+Reproduces: nothing; it shows that everything works. The held-out bits per byte are to be far below
+  those of a bigram model.
+Command: make quickstart, or python experiments/quickstart.py --workdir=runs/quickstart
+Hardware: two CPU cores, less than 3 GiB of memory.
+Wall time: not yet run on a machine of its own.
+Result: not yet run to its end.
+"""
+
+from rla_jax.training import get_config as get_base_config
 
 
 def get_config():
   """The config that `make quickstart` trains."""
-  c = base()
-  c.steps = 400
-  c.model.num_layers = 4
-  c.model.model_dim = 128
-  c.model.ffn_dim = 384
-  c.model.num_heads = 2
-  c.model.head_dim = 64
+  c = get_base_config()
+  c.steps = 800
+  c.model.num_layers = 3
+  c.model.model_dim = 192
+  c.model.ffn_dim = 512
+  c.model.num_heads = 6
+  c.model.head_dim = 32
+  c.model.chunk_size = 16  # short chunks are fastest on a CPU
   c.model.dtype = 'float32'  # CPUs have no fast bfloat16
   c.model.remat = 'none'
   c.data.seq_len = 256
-  c.data.batch_size = 16
-  c.optimizer.learning_rate = 3e-3
-  c.optimizer.final_learning_rate = 3e-5
-  c.optimizer.warmup_steps = 20
+  c.data.batch_size = 8
+  c.optimizer.learning_rate = 4e-3
+  c.optimizer.final_learning_rate = 1e-4
+  c.optimizer.warmup_steps = 40
   c.log_every = 20
-  c.eval_every = 100
-  c.eval_tokens = 100_000
-  c.checkpoint_every = 100
+  c.eval_every = 200
+  c.eval_tokens = 60_000
+  c.checkpoint_every = 200
   return c

@@ -42,7 +42,7 @@ def train_step(
   (nll, count), gradient = summed_gradient(loss_sums, state.params, batch, config.accumulate)
   count = jnp.maximum(count, 1)
   gradient = jax.tree.map(lambda g: g / count, gradient)
-  norm = optax.global_norm(gradient)
+  norm = optax.tree.norm(gradient)
   clip = jnp.minimum(1.0, config.optimizer.clip_norm / norm)
   gradient = jax.tree.map(lambda g: g * clip, gradient)
 

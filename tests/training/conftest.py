@@ -1,0 +1,43 @@
+"""A corpus and a config small enough to train in a second."""
+
+import random
+
+import pytest
+
+from rla_jax.training import get_config
+
+
+@pytest.fixture(scope='session')
+def text_dir(tmp_path_factory):
+  """Thirty short documents of words that follow each other in a learnable way."""
+  folder = tmp_path_factory.mktemp('text')
+  rng = random.Random(0)
+  for number in range(30):
+    words = [rng.choice(('alpha beta', 'gamma delta', 'epsilon zeta')) for _ in range(40)]
+    (folder / f'{number:02d}.txt').write_text(' '.join(words))
+  return folder
+
+
+@pytest.fixture
+def config(text_dir):
+  """One attention layer of width 16: the loop is under test, not the operators."""
+  c = get_config()
+  c.steps = 6
+  c.log_every = 1
+  c.eval_every = 4
+  c.checkpoint_every = 3
+  c.model.pattern = ('attention',)
+  c.model.num_layers = 1
+  c.model.model_dim = 16
+  c.model.ffn_dim = 16
+  c.model.num_heads = 2
+  c.model.head_dim = 8
+  c.model.dtype = 'float32'
+  c.model.remat = 'none'
+  c.data.path = str(text_dir)
+  c.data.validation_fraction = 0.2
+  c.data.seq_len = 16
+  c.data.batch_size = 8
+  c.optimizer.learning_rate = 1e-2
+  c.optimizer.warmup_steps = 2
+  return c
