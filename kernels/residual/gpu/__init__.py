@@ -130,3 +130,19 @@ def residual_attention(
     residual_BHKV,
     segments_BT,
   )
+
+
+def residual_attention_step(
+  q_BGK, k_BGK, v_BHV, log_decay_BH, beta_BH, gamma_BH, base_BHKV, residual_BHKV,
+  *, update: str, clip: float | None, readout: str, interpret: bool = False,
+):  # fmt: skip
+  """One token of `residual_attention`, reading and writing each state once, in place if donated.
+
+  Arguments and results are those of `step.residual_attention_step`.
+  """
+  from rla_jax.kernels.residual.gpu import step as step_module
+
+  return step_module.residual_attention_step(
+    q_BGK, k_BGK, v_BHV, log_decay_BH, beta_BH, gamma_BH, base_BHKV, residual_BHKV,
+    update=update, clip=clip, readout=readout, interpret=interpret,
+  )  # fmt: skip
