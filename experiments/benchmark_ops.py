@@ -62,6 +62,7 @@ CHECKED_LENGTHS = LIST('accuracy_lengths', ['1', '63', '2048', '4097'], 'its len
 REPEATS = flags.DEFINE_integer('repeats', 7, 'samples of a median')
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
 OUT = flags.DEFINE_string('out', 'experiments/results', 'folder of the results')
+APPEND = flags.DEFINE_bool('append', False, 'keep the rows of older files')
 COMMIT = flags.DEFINE_string('commit', None, 'commit to record where the folder is no git checkout')
 PROFILE = flags.DEFINE_bool('profile', False, 'also print the time of each device kernel')
 SEED = flags.DEFINE_integer('seed', None, 'of the inputs; fresh ones if not given')
@@ -92,9 +93,12 @@ def provenance() -> dict[str, str]:
 
 
 def write_rows(name: str, rows: list[dict]) -> None:
-  """Writes a CSV of all columns that occur. An older file of the name is replaced."""
+  """Writes a CSV of all columns that occur."""
   folder = pathlib.Path(OUT.value)
   folder.mkdir(parents=True, exist_ok=True)
+  if APPEND.value and (folder / f'{name}.csv').exists():
+    with open(folder / f'{name}.csv', newline='') as file:
+      rows = [*csv.DictReader(file), *rows]
   columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
   with open(folder / f'{name}.csv', 'w', newline='') as file:
     writer = csv.DictWriter(file, columns)

@@ -9,6 +9,7 @@ Prints a table; exits with 1 and names the Triton version if anything is wrong.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -235,6 +236,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--sizes', type=int, nargs='+', default=[64, 100, 128, 256])
   parser.add_argument('--dtypes', nargs='+', default=list(BARS), choices=list(BARS))
+  parser.add_argument('--workers', type=int, default=8, help='compilations at a time')
   arguments = parser.parse_args()
   device = jax.devices()[0]
   if device.platform not in ('gpu', 'cuda'):
@@ -243,18 +245,22 @@ def main() -> int:
   print(f'{device.device_kind}, Triton {triton.__version__}, jax {jax.__version__}')
   cases = [c for c in tuned_cases(device.device_kind) if c.dtype in arguments.dtypes]
   cases += heuristic_cases(arguments.sizes, arguments.dtypes)
+  # Whole chunks, and a ragged end.
+  runs = [(c, 4 * c.blocks.chunk * c.blocks.span - ragged) for c in cases for ragged in (0, 3)]
   wrong = 0
-  for index, case in enumerate(cases, 1):
-    chunk = case.blocks.chunk
-    for length in (4 * chunk, 4 * chunk - 3):  # whole chunks, and a ragged end
+  with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
+    futures = [
+      pool.submit(check, case, length=length, seed=seed)
+      for seed, (case, length) in enumerate(runs)
+    ]
+    for index, ((case, length), future) in enumerate(zip(runs, futures, strict=True), 1):
+      name = f'[{index}/{len(runs)}] {case} length {length}'
       try:
-        shares = check(case, length=length, seed=index)
+        wrong += not report(name, future.result())
       except Exception as error:  # whatever the compiler or the driver raises is a finding
         message = (str(error) or type(error).__name__).splitlines()[0][:200]
-        print(f'WRONG {case} length {length}: {message}')
+        print(f'WRONG {name}: {message}', flush=True)
         wrong += 1
-        continue
-      wrong += not report(f'[{index}/{len(cases)}] {case} length {length}', shares)
   for dtype, size in itertools.product(arguments.dtypes, arguments.sizes):
     wrong += not report(f'decode {dtype} {size}', check_step(dtype, size))
   if jax.device_count() > 1:
