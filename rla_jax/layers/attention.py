@@ -32,7 +32,7 @@ class AttentionSettings:
   dtype: Any = None  # of the products; None: that of x
   param_dtype: Any = jnp.float32  # of the parameters
   kernel_init: Callable = DEFAULT_INIT  # of the projections
-  implementation: Literal['xla', 'cudnn', None] = None  # of jax.nn.dot_product_attention
+  implementation: Literal['xla', 'cudnn', None] = None  # of the products; None: JAX's choice
 
   def __post_init__(self):
     check_choices(self)
@@ -57,7 +57,8 @@ class Attention(AttentionSettings, nn.Module, kw_only=True):
 
   `layer(x, segment_ids=None) -> y`, and with a cache `layer(x, segment_ids, cache) -> (y, cache)`:
   the contract of `rla_jax.layers.cache`. A token sees those of its own document only. The products
-  are those of `jax.nn.dot_product_attention` (cuDNN's on a GPU that has them for the call).
+  are those of `jax.nn.dot_product_attention`, which holds all T^2 logits unless
+  `implementation='cudnn'` asks for the fused kernel of NVIDIA GPUs (half types only).
 
   A document that is not finite is masked by a product with zero, so unlike in the recurrent layers
   its NaN do reach the documents packed with it.

@@ -54,8 +54,9 @@ def compute_gates(
 ) -> tuple[LogDecay | None, Gate | None, Gate | None]:
   """Natural log of the decay [B, T, H] or [B, T, H, K], beta and gamma [B, T, H]; float32.
 
-  A bf16 layer loses the direction of the gates' gradients unless they are computed in float32: they
-  are differences of large sums.
+  The gates' gradients are differences of large sums: a bf16 layer would lose their direction if
+  they were computed in bf16. The products run at JAX's default matmul precision, under which inputs
+  that come in bf16 are exact on every platform.
 
   Returns:
     None in place of a decay of 1, a beta of 1, or the gamma of a layer with one state.

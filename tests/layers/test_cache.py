@@ -10,8 +10,9 @@ from tests.layers import helpers
 CUTS = [0, 5, 5, 9, 10, 11, 13]  # an empty piece, and single tokens
 
 
-@pytest.mark.parametrize('name', helpers.ALL)
-@pytest.mark.parametrize('packed', [False, True], ids=['whole', 'packed'])
+@pytest.mark.parametrize(
+  'name,packed', [*((name, True) for name in helpers.ALL), ('rdn', False), ('attention', False)]
+)
 def test_pieces_equal_the_whole(name, packed):
   layer, x = helpers.make(name), helpers.inputs()
   params = helpers.init(layer)
