@@ -37,6 +37,35 @@ def store_tile(pointers, tile, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def role(programs, GROUP: tl.constexpr):
+  """(role, index) of this program of a grid of 2 * programs: 0 leads, 1 follows.
+
+  Programs start in the order of their number, so a follower may wait for its leader. Groups of
+  leaders alternate with their followers, which then find in the cache what the leaders read.
+  """
+  program = tl.program_id(0)
+  group = program // (2 * GROUP)
+  size = tl.minimum(GROUP, programs - group * GROUP)
+  within = program - group * (2 * GROUP)
+  return within // size, group * GROUP + within % size
+
+
+@triton.jit
+def announce(progress_ptr, value):
+  """Says that everything this program stored up to step `value` is there."""
+  tl.debug_barrier()
+  tl.atomic_xchg(progress_ptr, value, sem='release')
+
+
+@triton.jit
+def await_progress(progress_ptr, value):
+  """Waits until the leader has announced step `value`."""
+  progress = tl.atomic_add(progress_ptr, 0, sem='acquire')
+  while progress < value:
+    progress = tl.atomic_add(progress_ptr, 0, sem='acquire')
+
+
+@triton.jit
 def chunk_decays(
   log_decay_ptr,
   segments_ptr,
@@ -81,6 +110,14 @@ def decay_between(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl
   seen = i[:, None] >= i[None, :] if INCLUSIVE else i[:, None] > i[None, :]
   seen = seen & (era_to[:, None] == era_from[None, :])
   return tl.exp2(tl.where(seen, G_to[:, None] - G_from[None, :], float('-inf')))
+
+
+@triton.jit
+def decay_until(G, era, C: tl.constexpr):
+  """The transpose of L: row j, column i >= j."""
+  i = tl.arange(0, C)
+  seen = (i[:, None] <= i[None, :]) & (era[:, None] == era[None, :])
+  return tl.exp2(tl.where(seen, G[None, :] - G[:, None], float('-inf')))
 
 
 @triton.jit
