@@ -166,6 +166,24 @@ assert gpu.unsupported(**size, **options) is None
   subprocess.run([sys.executable, '-c', program], check=True)
 
 
+def test_lowers_for_cuda(monkeypatch):
+  """The whole way through jax-triton to a CUDA program; it needs JAX's CUDA plugin but no GPU."""
+  try:
+    from jax_triton import triton_lib
+  except ImportError as error:  # jax-triton wants the plugin when it is imported
+    pytest.skip(f"jax-triton, or JAX's CUDA plugin, is not installed: {error}")
+  library = triton_lib.triton_kernel_call_lib
+  monkeypatch.setattr(library, 'get_compute_capability', lambda device: 90)
+  shapes = [(2, 4, 64)] * 3 + [(2, 4)] * 3 + [(2, 4, 64, 64)] * 2
+  inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+  options = {'update': 'delta', 'clip': 1.0, 'readout': 'gated'}
+  program = jax.jit(functools.partial(step.residual_attention_step, **options)).trace(*inputs)
+  text = program.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('@triton_kernel_call') == 1
+  # Both states are updated in place.
+  assert text.count('stablehlo.output_operand_alias') == 2
+
+
 # --- vmap ---
 
 
