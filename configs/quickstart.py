@@ -30,6 +30,6 @@ def get_config():
   c.optimizer.warmup_steps = 40
   c.log_every = 20
   c.eval_every = 200
-  c.eval_tokens = 60_000
+  c.eval_tokens = 30_000
   c.checkpoint_every = 200
   return c

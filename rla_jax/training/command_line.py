@@ -33,7 +33,6 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
   Errors that a user can act on (`TrainingError`, `DataError`, those of files, of flags and of the
   config) end the program with one line on stderr; anything else keeps its traceback.
   """
-  flags.FLAGS.set_default('verbosity', logging.WARNING)  # Orbax narrates every checkpoint at INFO.
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 
@@ -102,6 +101,10 @@ def _explain(error: Exception, argv: Sequence[str], file: str) -> str:
 
 
 def _guarded(main, argv) -> int:
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+    # Orbax narrates every checkpoint, and warns that to read only is to read only.
+    logging.get_absl_logger().setLevel('ERROR')
   try:
     return main(argv) or 0
   except (TrainingError, DataError, OSError) as error:
