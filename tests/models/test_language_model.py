@@ -1,0 +1,173 @@
+"""The language model: cache, packing, losses, rematerialisation, sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rla_jax.models import PRESETS, LanguageModel, ModelConfig, count_parameters
+from rla_jax.models.loss import score, score_chunked
+from tests.layers.helpers import error
+
+VOCABULARY, LENGTH = 40, 12
+IDS = jnp.asarray([[1] * 5 + [2] * 7, [4] * 11 + [5]], jnp.int32)
+
+
+def config(**changes):
+  small = {
+    'vocab_size': VOCABULARY, 'num_layers': 4, 'model_dim': 16, 'ffn_dim': 24, 'num_heads': 2,
+    'head_dim': 8, 'pattern': ('rdn', 'attention'), 'init_std': 0.3, 'dtype': 'float32',
+    'remat': 'none', 'implementation': 'reference',
+  }  # fmt: skip
+  return ModelConfig(**small | changes)
+
+
+def tokens(seed=0):
+  return jax.random.randint(jax.random.key(seed), (2, LENGTH), 0, VOCABULARY)
+
+
+@pytest.fixture(scope='module')
+def variables():
+  return jax.jit(LanguageModel(config()).init)(jax.random.key(0), tokens())
+
+
+def test_pieces_equal_the_whole_and_packed_equal_separate(variables):
+  model = LanguageModel(config())
+
+  @jax.jit
+  def run(variables):
+    whole = model.apply(variables, tokens(), segment_ids=IDS)
+    cache, pieces = model.init_cache(2, LENGTH), []
+    for now in (slice(0, 4), slice(4, 5), slice(5, 12)):
+      logits, cache = model.apply(variables, tokens()[:, now], IDS[:, now], cache)
+      pieces.append(logits)
+    last, _ = model.apply(
+      variables, tokens(), IDS, model.init_cache(2, LENGTH), method='next_logits'
+    )
+    alone = model.apply(variables, jnp.roll(tokens(), -5, axis=1))
+    return whole, jnp.concatenate(pieces, axis=1), last, alone
+
+  whole, pieces, last, alone = run(variables)
+  assert whole.shape == (2, LENGTH, VOCABULARY)
+  assert error(pieces, whole) < 5e-6
+  assert error(last, whole[:, -1]) < 5e-6
+  assert error(whole[0, 5:], alone[0, :7]) < 1e-5
+
+
+def test_loss_is_a_masked_sum(variables):
+  model = LanguageModel(config())
+  mask = jnp.ones((2, LENGTH)).at[0, 3].set(0).at[1, 2].set(0.5)
+  logits, (total, weight), (everything, count), scores = jax.jit(
+    lambda v: (
+      model.apply(v, tokens(), segment_ids=IDS),
+      model.apply(v, tokens(), tokens(1), mask=mask, segment_ids=IDS, method='loss'),
+      model.apply(v, tokens(), tokens(1), segment_ids=IDS, method='loss'),
+      model.apply(v, tokens(), tokens(1), segment_ids=IDS, method='score'),
+    )
+  )(variables)
+  logits = np.asarray(logits, np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  nll = -np.take_along_axis(log_p, np.asarray(tokens(1))[..., None], -1)[..., 0]
+  assert np.isclose(total, (nll * np.asarray(mask)).sum(), rtol=1e-5)
+  assert np.isclose(weight, 2 * LENGTH - 1.5) and count == 2 * LENGTH
+  assert np.isclose(everything, nll.sum(), rtol=1e-5)
+  np.testing.assert_array_equal(scores.correct, logits.argmax(-1) == tokens(1))
+
+
+def test_chunked_loss_equals_the_plain_one():
+  x, kernel = (jax.random.normal(jax.random.key(i), s) for i, s in ((0, (2, 11, 8)), (1, (8, 30))))
+  targets = jax.random.randint(jax.random.key(2), (2, 11), 0, 30)
+  weight = jax.random.normal(jax.random.key(3), targets.shape)
+
+  def loss(chunk, x, kernel):
+    def head(x):
+      return x @ kernel
+
+    found = score(head(x), targets) if chunk is None else score_chunked(head, x, targets, chunk)
+    return (weight * found.nll).sum(), found
+
+  gradient = jax.jit(jax.grad(loss, (1, 2), has_aux=True), static_argnums=0)
+  want, want_scores = gradient(None, x, kernel)
+  for chunk in (4, 11):
+    got, scores = gradient(chunk, x, kernel)
+    np.testing.assert_allclose(scores.nll, want_scores.nll, rtol=1e-5)
+    np.testing.assert_array_equal(scores.correct, want_scores.correct)
+    assert error(got[0], want[0]) < 1e-6 and error(got[1], want[1]) < 1e-6
+
+
+def test_loss_chunks_bound_the_memory_of_the_logits():
+  """Temporary bytes of the loss and its gradient, as compiled."""
+
+  def temporary(chunk):
+    c = config(
+      vocab_size=4096, num_layers=1, pattern=('attention',), ffn_dim=None, loss_chunk=chunk
+    )  # fmt: skip
+    model, batch = LanguageModel(c), jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+    step = jax.jit(jax.grad(lambda v, t: model.apply(v, t, t, method='loss')[0]))
+    return step.lower(shapes, batch).compile().memory_analysis().temp_size_in_bytes
+
+  logits = 2 * 256 * 4096 * 4
+  assert temporary(None) > logits > 1.5 * temporary(32)
+
+
+def test_remat_policies_give_the_same_gradients():
+  got = {}
+  for remat in ('none', 'full', 'dots', 'names'):
+    model = LanguageModel(config(remat=remat, num_layers=2))
+    if not got:
+      variables = jax.jit(model.init)(jax.random.key(0), tokens())
+
+    def loss(variables, model=model):
+      return model.apply(variables, tokens(), tokens(1), method='loss')[0]
+
+    got[remat] = jax.jit(jax.grad(loss))(variables)
+  for remat in ('full', 'dots', 'names'):
+    for a, b in zip(jax.tree.leaves(got[remat]), jax.tree.leaves(got['none'])):
+      assert error(a, b) < 1e-5, remat
+
+
+def test_rematerialisation_saves_memory():
+  """Bytes that the forward pass hands to the backward one: all, by name, and the inputs alone."""
+
+  def saved(remat):
+    model = LanguageModel(config(remat=remat, num_layers=8, pattern=('rdn',)))
+    batch = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+    _, pull = jax.eval_shape(
+      lambda v, t: jax.vjp(lambda v: model.apply(v, t, t, method='loss')[0], v), shapes, batch
+    )
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+
+  assert saved('none') > saved('dots') > saved('names') > saved('full')
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_presets_have_the_papers_parameter_counts(name):
+  want = 1.51e9 if name.startswith('transformer') else 1.55e9
+  got = count_parameters(PRESETS[name])
+  print(f'{name} {got / 1e9:.4f} B')
+  assert abs(got / want - 1) < 0.02
+
+
+def test_shapes_and_dtypes_of_the_parameters():
+  c = config(param_dtype='bfloat16', tie_embeddings=True, ffn_dim=None)
+  shapes = jax.eval_shape(LanguageModel(c).init, jax.random.key(0), tokens())['params']
+  assert set(shapes) == {'embedding', 'blocks', 'final_norm'}
+  assert set(shapes['blocks']['block_1']) == {'mixer', 'mixer_norm'}
+  assert shapes['blocks']['block_0']['mixer']['q_proj'].shape == (2, 16, 16)
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_initial_values(variables):
+  params = variables['params']
+  projections = params['blocks']['block_0']['mixer']['q_proj']
+  for values in (params['embedding'], params['head'], projections):
+    assert 0.2 < float(values.std()) < 0.4
+  assert not np.allclose(projections[0], projections[1])
+
+
+def test_tied_half_precision_model_has_float32_logits():
+  model = LanguageModel(config(tie_embeddings=True, dtype='bfloat16', num_layers=2))
+  logits, _ = jax.jit(model.init_with_output)(jax.random.key(0), tokens())
+  assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
