@@ -17,11 +17,6 @@ from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
 from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
 from rla_jax.kernels.residual.gpu.tiles import GATES
 
-# A follower starts a burst of chunks when its leader has finished it. Leaders and followers come in
-# groups small enough that both halves of a group are on the card at once.
-_BURST = 8
-_GROUP = 128
-
 # Names for jax.checkpoint policies: the output, and what the backward pass reads beyond the inputs.
 OUTPUT_NAME = 'residual_attention_output'
 SAVED_NAME = 'residual_attention_saved'
@@ -130,11 +125,13 @@ def _forward(config: Config, save: bool):
     matrices_BHNMCC, gates_BHNRC = _prepare(
       config, q, k, log_decay, beta, gamma, segments, 0, N, False
     )
-    delta, with_residual = config.delta, config.residual
-    has_passes = save and with_residual and config.clip is not None
+    states = 1 + config.residual
+    has_base_error = save and config.delta
+    has_residual_error = save and config.residual
+    has_passes = save and config.residual and config.clip is not None
     value, nothing = (B, T, H, V), (1,)
-    programs = -(-V // blocks.value) * B * H
-    arrays = (
+    o, base_out, residual_out, saved, base_error, residual_error, passes = launch(
+      forward_kernel,
       q,
       k,
       v,
@@ -142,29 +139,20 @@ def _forward(config: Config, save: bool):
       gates_BHNRC,
       base,
       base if residual is None else residual,
-      jnp.zeros(programs, jnp.int32),
-    )
-    o, base_out, residual_out, saved, base_error, residual_error, r, passes, _ = launch(
-      forward_kernel,
-      *arrays,
       T,
       N,
-      programs,
       out_shape=(
         _array(value, v.dtype),
         _array(base.shape, jnp.float32),
-        _array(base.shape if with_residual else nothing, jnp.float32),
-        _array((B, H, spans, 1 + with_residual, V, K) if save else nothing, v.dtype),
-        _array(value if save and delta else nothing, v.dtype),
-        _array(value if save and delta and with_residual else nothing, v.dtype),
-        _array(value if with_residual else nothing, v.dtype),
+        _array(base.shape if config.residual else nothing, jnp.float32),
+        _array((B, H, spans, states, V, K) if save else nothing, v.dtype),
+        _array(value if has_base_error else nothing, v.dtype),
+        _array(value if has_residual_error else nothing, v.dtype),
         _array(value if has_passes else nothing, jnp.int8),
-        _array((programs,), jnp.int32),
       ),
-      grid=(programs * (1 + with_residual),),
+      grid=(-(-V // blocks.value), B * H),
       num_warps=blocks.warps,
       num_stages=blocks.stages,
-      aliases={len(arrays) - 1: 8},
       interpret=config.interpret,
       H=H,
       G=G,
@@ -172,25 +160,22 @@ def _forward(config: Config, save: bool):
       V=V,
       C=C,
       SPAN=span,
-      BURST=_BURST,
-      GROUP=_GROUP,
       BLOCK_K=_block(K),
       BLOCK_V=blocks.value,
-      DELTA=delta,
-      RESIDUAL=with_residual,
+      DELTA=config.delta,
+      RESIDUAL=config.residual,
       CLIP=config.clip,
       SAVE=save,
       EVEN=_is_even(T, C * span, K, V, blocks.value),
       PRECISION=_precision(v.dtype),
     )
-    # Without a delta rule a state is written v, or r, itself.
     kept = (
       saved,
-      base_error if delta else None,
-      (residual_error if delta else r) if with_residual else None,
+      base_error if has_base_error else None,
+      residual_error if has_residual_error else None,
       passes if has_passes else None,
     )
-    outputs = (o, base_out, residual_out if with_residual else None)
+    outputs = (o, base_out, residual_out if config.residual else None)
     return outputs, kept if save else None
 
   results = (OUTPUTS, SAVED if save else None)
@@ -226,10 +211,9 @@ def _backward(config: Config):
       )
       gates.append(piece_gates)
     dq, dk, dv = dq_dk_dv
-    dgates_BTRH = jnp.concatenate(gates[::-1], axis=1)[:, :T]
-    dlog_decay = dgates_BTRH[:, :, 0] + dgates_BTRH[:, :, 1]
-    dgamma = dgates_BTRH[:, :, 2] + dgates_BTRH[:, :, 3] if config.residual else None
-    dbeta = dgates_BTRH[:, :, 4]
+    dlog_decay, dbeta, dgamma = jax.tree.map(
+      lambda *parts: jnp.concatenate(parts[::-1], axis=1)[:, :T], *gates
+    )
     if G != H:
       dq, dk = (
         x.reshape(B, T, G, H // G, K).astype(jnp.float32).sum(3).astype(q.dtype) for x in (dq, dk)
@@ -247,8 +231,8 @@ def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresid
   C, span, blocks = config.blocks.chunk, config.blocks.span, config.blocks.sweep
   value, nothing = (B, spans * span * C, H, V), (1,)
   residual = config.residual
-  programs = -(-V // blocks.value) * B * H
-  arrays = (
+  dstates, dy, dz, dinnovation, dbase, dresidual = launch(
+    sweep_kernel,
     q,
     k,
     do,
@@ -257,15 +241,9 @@ def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresid
     do if passes is None else passes,
     dbase,
     dresidual if residual else dbase,
-    jnp.zeros(programs, jnp.int32),
-  )
-  dstates, dy, dz, dinnovation, dbase, dresidual, _ = launch(
-    sweep_kernel,
-    *arrays,
     T,
     first * span,
     spans * span,
-    programs,
     out_shape=(
       _array((B, H, spans, 1 + residual, V, K), do.dtype),
       _array(value, do.dtype),
@@ -273,12 +251,10 @@ def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresid
       _array(value if residual else nothing, do.dtype),
       _array(dbase.shape, jnp.float32),
       _array(dbase.shape if residual else nothing, jnp.float32),
-      _array((programs,), jnp.int32),
     ),
-    grid=(programs * (1 + residual),),
+    grid=(-(-V // blocks.value), B * H),
     num_warps=blocks.warps,
     num_stages=blocks.stages,
-    aliases={len(arrays) - 1: 6},
     interpret=config.interpret,
     H=H,
     G=G,
@@ -286,8 +262,6 @@ def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresid
     V=V,
     C=C,
     SPAN=span,
-    BURST=_BURST,
-    GROUP=_GROUP,
     BLOCK_K=_block(K),
     BLOCK_V=blocks.value,
     DELTA=config.delta,
@@ -307,6 +281,7 @@ def _gradients(config, inputs, do, saved, dstates, errors, before, first, spans)
   C, blocks = config.blocks.chunk * config.blocks.span, config.blocks.gradients
   # Without a delta rule the written value is v, that of the residual state r.
   base_error = v if base_error is None else base_error
+  gate = _array((B, spans * C, H), jnp.float32)
   arrays = (
     q,
     k,
@@ -322,20 +297,21 @@ def _gradients(config, inputs, do, saved, dstates, errors, before, first, spans)
     *errors,
   )
   place = len(arrays)
-  *dq_dk_dv, dgates_BTRH = launch(
+  dq, dk, dv, dlog_decay, dbeta, dgamma = launch(
     gradients_kernel,
     *arrays,
     *((q, k, v) if before is None else before),
     T,
     first,
-    spans,
     out_shape=(
       _array((B, T, H, K), q.dtype),
       _array((B, T, H, K), k.dtype),
       _array((B, T, H, V), v.dtype),
-      _array((B, spans * C, 5, H), jnp.float32),
+      gate,
+      gate,
+      gate if config.residual else _array((1,), jnp.float32),
     ),
-    grid=(2 * spans, B * H),
+    grid=(spans, B * H),
     num_warps=blocks.warps,
     num_stages=blocks.stages,
     aliases=None if before is None else {place: 0, place + 1: 1, place + 2: 2},
@@ -353,4 +329,4 @@ def _gradients(config, inputs, do, saved, dstates, errors, before, first, spans)
     EVEN=_is_even(T, C, K, V, blocks.value),
     PRECISION=_precision(v.dtype),
   )
-  return dq_dk_dv, dgates_BTRH
+  return (dq, dk, dv), (dlog_decay, dbeta, dgamma if config.residual else None)

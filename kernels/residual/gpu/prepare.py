@@ -101,13 +101,23 @@ def prepare_kernel(
 
   if DELTA or RESIDUAL:
     gram = tl.dot(k, k_t, input_precision=PRECISION)
-  if DELTA:
-    A = tl.where(is_diagonal, 0.0, L * gram)
-    N = beta[:, None] * A if ADJOINT else A * beta[None, :]
-    inverse = unit_lower_inverse(N, C, 'tf32x3')
-    tl.store(out + C * C, inverse.to(dtype))
   if RESIDUAL:
     gamma = tl.load(gamma_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0)
+  if DELTA:
+    A = tl.where(is_diagonal, 0.0, L * gram)
+    MATRICES: tl.constexpr = 1 + RESIDUAL
+    if RESIDUAL:
+      gate = tl.permute(tl.join(beta, gamma), (1, 0))
+    else:
+      gate = beta[None, :]
+    N = A[None] * (gate[:, :, None] if ADJOINT else gate[:, None, :])
+    inverses = unit_lower_inverse(N, MATRICES, C, 'tf32x3')
+    which = tl.arange(0, MATRICES)[:, None, None] * (3 * C * C)
+    place = which + i[None, :, None] * C + i[None, None, :]
+    tl.store(
+      matrices_ptr + chunk * (COUNT * C * C) + C * C + place, inverses.to(dtype)
+    )
+  if RESIDUAL:
     tl.store(
       gates + BASE_BEFORE * C, tl.exp2(tl.where(era_before == 0, before, float('-inf')))
     )
@@ -120,10 +130,11 @@ def prepare_kernel(
     tl.store(out, (scores if ADJOINT else scores * gamma[None, :]).to(dtype))
     prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
     if DELTA:
-      through = inverse if ADJOINT else beta[:, None] * inverse
+      first = (tl.arange(0, MATRICES) == 0)[:, None, None].to(tl.float32)
+      through = tl.sum(inverses * first, 0)
+      if not ADJOINT:
+        through *= beta[:, None]
       prediction = tl.dot(prediction, through, input_precision='tf32x3')
-      N = gamma[:, None] * A if ADJOINT else A * gamma[None, :]
-      tl.store(out + 2 * C * C, unit_lower_inverse(N, C, 'tf32x3').to(dtype))
     elif not ADJOINT:
       prediction *= beta[None, :]
     tl.store(out + C * C, prediction.to(dtype))

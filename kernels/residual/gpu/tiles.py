@@ -37,35 +37,6 @@ def store_tile(pointers, tile, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def role(programs, GROUP: tl.constexpr):
-  """(role, index) of this program of a grid of 2 * programs: 0 leads, 1 follows.
-
-  Programs start in the order of their number, so a follower may wait for its leader. Groups of
-  leaders alternate with their followers, which then find in the cache what the leaders read.
-  """
-  program = tl.program_id(0)
-  group = program // (2 * GROUP)
-  size = tl.minimum(GROUP, programs - group * GROUP)
-  within = program - group * (2 * GROUP)
-  return within // size, group * GROUP + within % size
-
-
-@triton.jit
-def announce(progress_ptr, value):
-  """Says that everything this program stored up to step `value` is there."""
-  tl.debug_barrier()
-  tl.atomic_xchg(progress_ptr, value, sem='release')
-
-
-@triton.jit
-def await_progress(progress_ptr, value):
-  """Waits until the leader has announced step `value`."""
-  progress = tl.atomic_add(progress_ptr, 0, sem='acquire')
-  while progress < value:
-    progress = tl.atomic_add(progress_ptr, 0, sem='acquire')
-
-
-@triton.jit
 def chunk_decays(
   log_decay_ptr,
   segments_ptr,
@@ -113,16 +84,8 @@ def decay_between(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl
 
 
 @triton.jit
-def decay_until(G, era, C: tl.constexpr):
-  """The transpose of L: row j, column i >= j."""
-  i = tl.arange(0, C)
-  seen = (i[:, None] <= i[None, :]) & (era[:, None] == era[None, :])
-  return tl.exp2(tl.where(seen, G[None, :] - G[:, None], float('-inf')))
-
-
-@triton.jit
-def unit_lower_inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
-  """(I + N)^-1 of a strictly lower triangular N [C, C], by doubling the blocks.
+def unit_lower_inverse(N, MATRICES: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+  """(I + N)^-1 of strictly lower triangular N [MATRICES, C, C], by doubling the blocks.
 
   Powers of N over a whole chunk overflow for correlated keys; merging exact inverses of the
   diagonal blocks does not: [[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']].
@@ -130,9 +93,9 @@ def unit_lower_inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
   # Blocks of 16 as one batched product: a batch entry a warp.
   BLOCKS: tl.constexpr = C // 16
   block = tl.arange(0, BLOCKS)
-  diagonal = (block[:, None] == block[None, :]).to(tl.float32)
-  tiles = tl.permute(tl.reshape(N, (BLOCKS, 16, BLOCKS, 16)), (0, 2, 1, 3))
-  tiles = tl.sum(tiles * diagonal[:, :, None, None], 1)
+  diagonal = (block[:, None] == block[None, :]).to(tl.float32)[None, :, :, None, None]
+  tiles = tl.permute(tl.reshape(N, (MATRICES, BLOCKS, 16, BLOCKS, 16)), (0, 1, 3, 2, 4))
+  tiles = tl.reshape(tl.sum(tiles * diagonal, 2), (MATRICES * BLOCKS, 16, 16))
   i = tl.arange(0, 16)[:, None]
   j = tl.arange(0, 16)[None, :]
   X = tl.where(i == j, 1.0, 0.0)[None] - tl.where(i // 2 == j // 2, tiles, 0.0)
@@ -141,16 +104,35 @@ def unit_lower_inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
     below = tl.where((i // (2 * half) == j // (2 * half)) & (i // half != j // half), tiles, 0.0)
     step = tl.dot(X, below, input_precision=PRECISION)
     X -= tl.dot(step, X, input_precision=PRECISION)
-  X = tl.reshape(X, (BLOCKS, 1, 16, 16)) * diagonal[:, :, None, None]
-  X = tl.reshape(tl.permute(X, (0, 2, 1, 3)), (C, C))
-  i = tl.arange(0, C)[:, None]
-  j = tl.arange(0, C)[None, :]
-  if C >= 32:
-    below = tl.where((i // 32 == j // 32) & (i // 16 != j // 16), N, 0.0)
-    step = tl.dot(X, below, input_precision=PRECISION)
-    X -= tl.dot(step, X, input_precision=PRECISION)
-  if C >= 64:
-    below = tl.where((i // 64 == j // 64) & (i // 32 != j // 32), N, 0.0)
+  if C == 16:
+    return X
+  # Pairs of blocks, of which only the block below is new.
+  PAIRS: tl.constexpr = MATRICES * (C // 32)
+  pair = tl.arange(0, C // 32)
+  diagonal = (pair[:, None] == pair[None, :]).to(tl.float32)[None, :, :, None, None]
+  pairs = tl.reshape(N, (MATRICES, C // 32, 32, C // 32, 32))
+  pairs = tl.sum(tl.permute(pairs, (0, 1, 3, 2, 4)) * diagonal, 2)
+  is_second = tl.arange(0, 2).to(tl.float32)
+  is_first = 1.0 - is_second
+  below = tl.reshape(pairs, (PAIRS, 2, 16, 2, 16)) * is_second[None, :, None, None, None]
+  below = tl.sum(tl.sum(below * is_first[None, None, None, :, None], 3), 1)
+  X = tl.reshape(X, (PAIRS, 2, 16, 16))
+  first = tl.sum(X * is_first[None, :, None, None], 1)
+  second = tl.sum(X * is_second[None, :, None, None], 1)
+  step = tl.dot(second, below, input_precision=PRECISION)
+  below = -tl.dot(step, first, input_precision=PRECISION)
+  on = is_first[:, None] * is_first[None, :]
+  X = first[:, None, :, None, :] * on[None, :, None, :, None]
+  on = is_second[:, None] * is_first[None, :]
+  X += below[:, None, :, None, :] * on[None, :, None, :, None]
+  on = is_second[:, None] * is_second[None, :]
+  X += second[:, None, :, None, :] * on[None, :, None, :, None]
+  X = tl.reshape(X, (MATRICES, C // 32, 1, 32, 32)) * diagonal
+  X = tl.reshape(tl.permute(X, (0, 1, 3, 2, 4)), (MATRICES, C, C))
+  if C == 64:
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    below = tl.where(i // 32 != j // 32, N, 0.0)
     step = tl.dot(X, below, input_precision=PRECISION)
     X -= tl.dot(step, X, input_precision=PRECISION)
   return X
