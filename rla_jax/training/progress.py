@@ -40,10 +40,13 @@ class Progress:
     """Stops the clock until the next step has finished."""
     self._clock = None
 
-  def rate(self) -> tuple[float, float]:
-    """Tokens a second since the last call, and the seconds that the rest of the run will take."""
+  def rate(self) -> tuple[float, float] | None:
+    """Tokens a second since the last call, and the seconds that the rest of the run will take.
+
+    None if no step has been timed since: the clock stands until the first step after a pause.
+    """
     if not self._seconds:
-      return 0.0, 0.0
+      return None
     speed = self._tokens / self._seconds
     left = (self._steps - self._step) * self._seconds / self._counted
     self._tokens, self._counted, self._seconds = 0, 0, 0.0

@@ -226,17 +226,20 @@ class Report:
       )
     if not is_due(number, self._config.log_every, self._config.steps):
       return
-    speed, left = self._progress.rate()
-    self._progress.say(
+    line = (
       f'step {number}/{self._config.steps}  loss {result["loss"]:.4f}  '
-      f'lr {result["learning_rate"]:.2e}  |grad| {result["grad_norm"]:.3f}  '
-      f'{speed:,.0f} tokens/s  ETA {duration(left)}'
+      f'lr {result["learning_rate"]:.2e}  |grad| {result["grad_norm"]:.3f}'
     )
+    timed = self._progress.rate()
+    if timed is not None:
+      speed, left = timed
+      line += f'  {speed:,.0f} tokens/s  ETA {duration(left)}'
+      self._metrics.write(number, {'train/tokens_per_second': speed})
+    self._progress.say(line)
     self._metrics.write(number, {
       'train/loss': result['loss'],
       'train/learning_rate': result['learning_rate'],
       'train/grad_norm': result['grad_norm'],
-      'train/tokens_per_second': speed,
       'train/bad_steps': bad,
     })  # fmt: skip
 

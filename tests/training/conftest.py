@@ -20,6 +20,11 @@ def text_dir(tmp_path_factory):
 
 @pytest.fixture
 def config(text_dir):
+  """A config of one's own; see `make_config`."""
+  return make_config(text_dir)
+
+
+def make_config(text_dir):
   """One attention layer of width 16: the loop is under test, not the operators."""
   c = get_config()
   c.steps = 6

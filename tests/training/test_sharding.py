@@ -73,8 +73,11 @@ def two_steps(config, mesh):
   return losses, jax.device_get(state.params)
 
 
-def test_eight_devices_learn_what_one_does(config):
-  config.model.pattern = ('rdn',)
+@pytest.mark.parametrize(
+  'layer', ['attention', pytest.param('rdn', marks=pytest.mark.slow)]  # slow to compile
+)
+def test_eight_devices_learn_what_one_does(config, layer):
+  config.model.pattern = (layer,)
   config.model.chunk_size = 8
   one = two_steps(config, sharding.make_mesh(devices=jax.devices()[:1]))
   for sizes in ({'data': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}):
