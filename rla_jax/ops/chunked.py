@@ -11,12 +11,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax.ops.chunk import advance_chunk
 from rla_jax.ops.gram import CHANNEL_BLOCK, boundaries, gram
 from rla_jax.ops.inputs import Inputs, Options, repeat_heads
 from rla_jax.ops.state import ResidualState
 from rla_jax.shapes import Array, Values
+
+# Name of the states before the chunks for rematerialisation policies, as the kernels have it.
+STATES_NAME = 'residual_states'
 
 _CHUNK = 64
 
@@ -134,6 +138,7 @@ def _scan_forward(options, state, chunks):
     return after, (o, state)
 
   final, (o, before) = jax.lax.scan(body, state, chunks)
+  before = checkpoint_name(before, STATES_NAME)
   return (final, o), (before, chunks)
 
 
