@@ -1,6 +1,7 @@
 """A damaged checkpoint is noticed, named and passed over; a foreign one is refused."""
 
 import contextlib
+import gc
 import random
 import shutil
 
@@ -14,6 +15,10 @@ from rla_jax.training import CheckpointError
 from rla_jax.training.checkpoints import Checkpoints
 from rla_jax.training.state import TrainState
 
+# When one array cannot be read, Orbax drops the coroutines that read the others, unfinished.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:Exception ignored in.*coroutine object:pytest.PytestUnraisableExceptionWarning'
+)
 FINGERPRINT = {'digest': 'abc'}
 
 
@@ -41,6 +46,13 @@ def assert_is(restored, step):
   wanted = {'params': state.params, 'progress': state.progress}
   jax.tree.map(np.testing.assert_array_equal, trees, wanted)
   assert jax.tree.map(lambda x: x.dtype, trees) == jax.tree.map(lambda x: x.dtype, wanted)
+
+
+@pytest.fixture(autouse=True)
+def collected():
+  """Collects those coroutines here, where the warning is expected, and not in a later test."""
+  yield
+  gc.collect()
 
 
 @pytest.fixture
@@ -74,6 +86,13 @@ def damage(folder, rng):
   file.write_bytes(bytes(content))
 
 
+def truncate(folder):
+  """Cuts every file that is large enough to hold arrays."""
+  for file in folder.rglob('*'):
+    if file.is_file() and file.stat().st_size > 1000 and file.parent.name != 'record':
+      file.write_bytes(file.read_bytes()[:100])
+
+
 def test_round_trip_takes_the_newest(saved):
   with saved() as checkpoints:
     assert_is(checkpoints.restore(**targets(make_state(0))), 3)
@@ -91,12 +110,27 @@ def test_a_part_can_be_restored_alone_onto_another_mesh(saved):
   jax.tree.map(np.testing.assert_array_equal, trees['params'], wanted)
 
 
-@pytest.mark.parametrize('seed', range(5))
-def test_flipped_bits_are_never_restored(saved, tmp_path, lines, seed):
-  damage(tmp_path / 'checkpoints' / '00000003', random.Random(seed))
+def test_flipped_bits_are_never_restored(saved, tmp_path):
+  newest = tmp_path / 'checkpoints' / '00000003'
+  shutil.copytree(newest, tmp_path / 'whole')
+  found = []
+  for seed in range(12):
+    shutil.rmtree(newest, ignore_errors=True)
+    shutil.copytree(tmp_path / 'whole', newest)
+    damage(newest, random.Random(seed))
+    with saved() as checkpoints:
+      restored = checkpoints.restore(**targets(make_state(0)))
+    assert_is(restored, restored[0])  # Right to the last bit, whichever step it is.
+    found.append(restored[0])
+  # A file may hold bytes that nothing refers to; most flips must have been noticed nevertheless.
+  assert found.count(2) >= 6
+  assert set(found) <= {2, 3}
+
+
+def test_damaged_steps_are_set_aside_and_can_be_saved_again(saved, tmp_path, lines):
+  truncate(tmp_path / 'checkpoints' / '00000003')
   with saved() as checkpoints:
     assert_is(checkpoints.restore(**targets(make_state(0))), 2)
-    # Step 3 can be saved again: the damaged one has been set aside, not deleted.
     assert checkpoints.steps() == [1, 2]
     checkpoints.save(3, make_state(3), FINGERPRINT)
   assert [p.name for p in (tmp_path / 'damaged').iterdir()] == ['00000003.0']
@@ -126,8 +160,7 @@ def test_the_damaged_array_is_named(saved, tmp_path, lines, monkeypatch):
 def test_incomplete_steps_are_passed_over(saved, tmp_path, how):
   folder = tmp_path / 'checkpoints' / '00000003'
   if how == 'truncated':
-    largest = max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:100])
+    truncate(folder)
   elif how == 'empty':
     shutil.rmtree(folder)
     folder.mkdir()
