@@ -79,7 +79,8 @@ def gradients_kernel(
   row = batch.to(tl.int64) * T
   pair = tl.program_id(1).to(tl.int64)
   dtype = do_ptr.dtype.element_ty
-  TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+  # T >> 30 is 0, which the compiler cannot know: unrolled, the loops would not fit the registers.
+  tiles = (V + BLOCK_V - 1) // BLOCK_V + (T >> 30)
 
   i = tl.arange(0, C)
   a = tl.arange(0, BLOCK_K)
@@ -119,7 +120,7 @@ def gradients_kernel(
   # in registers they would not leave room for the products.
   dscores = tl.zeros([C, C], tl.float32)
   do_W = tl.zeros([C, C], tl.float32)
-  for tile in range(TILES):
+  for tile in range(tiles):
     do = _tile(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     F = _tile(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dscores = tl.dot(do, tl.trans(F), dscores, input_precision=PRECISION)
@@ -141,7 +142,7 @@ def gradients_kernel(
   dgram = tl.zeros([C, C], tl.float32)
   dD_F = tl.zeros([C, C], tl.float32)
   dz_F = tl.zeros([C, C], tl.float32)
-  for tile in range(TILES):
+  for tile in range(tiles):
     F = _tile(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dy = _tile(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dgram = tl.dot(dy, tl.trans(F), dgram, input_precision=PRECISION)
@@ -188,7 +189,7 @@ def gradients_kernel(
   acc = tl.zeros([C, BLOCK_K], tl.float32)
   q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
   if RESIDUAL:
-    for tile in range(TILES):
+    for tile in range(tiles):
       do = _tile(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       state_rows = (tile * BLOCK_V + e) * K
       is_value = tile * BLOCK_V + e < V
@@ -197,7 +198,7 @@ def gradients_kernel(
     dgamma += decay_in * tl.sum(q.to(tl.float32) * acc, 1)
     tl.store(dgamma_ptr + out_offsets, dgamma)
     acc *= gamma[:, None]
-  for tile in range(TILES):
+  for tile in range(tiles):
     do = _tile(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     state_rows = (tile * BLOCK_V + e) * K
     is_value = tile * BLOCK_V + e < V
@@ -215,7 +216,7 @@ def gradients_kernel(
   k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
   if RESIDUAL:
     decay_before = tl.exp2(tl.where(era_before == 0, before, float('-inf')))
-    for tile in range(TILES):
+    for tile in range(tiles):
       dD = _tile(dinnovation_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       state_rows = (tile * BLOCK_V + e) * K
       is_value = tile * BLOCK_V + e < V
@@ -225,7 +226,7 @@ def gradients_kernel(
     dGx += before_read
     dG -= before_read
   if DELTA:
-    for tile in range(TILES):
+    for tile in range(tiles):
       dy = _tile(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       state_rows = (tile * BLOCK_V + e) * K
       is_value = tile * BLOCK_V + e < V
@@ -242,7 +243,7 @@ def gradients_kernel(
   last_era = tl.sum(tl.where(i == C - 1, era, 0), 0)
   decay_out = tl.exp2(tl.where(era == last_era, last - cumulative, float('-inf')))
   carried = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
-  for tile in range(TILES):
+  for tile in range(tiles):
     F = _tile(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     state_rows = (tile * BLOCK_V + e) * K
     is_value = tile * BLOCK_V + e < V

@@ -54,87 +54,84 @@ def prepare_kernel(
   SEGMENTED: tl.constexpr,
   ADJOINT: tl.constexpr,
   PRECISION: tl.constexpr,
+  SOLVE: tl.constexpr,
 ):
-  """One chunk of one head. Grid (chunks, B * H).
+  """One chunk of one head. Grid (PARTS * chunks, B * H): with two inverses, a program for each.
 
   ADJOINT picks the side on which a gate stands. Forward: F = (I + A diag(b))^-1 rhs, so that
   F = U / b exists where b is zero. Backward: dy = (I + diag(b) A)^-T dU, for the same reason.
   """
-  n = tl.program_id(0)
+  PARTS: tl.constexpr = 2 if DELTA and RESIDUAL else 1
+  part = tl.program_id(0) % PARTS
+  n = tl.program_id(0) // PARTS
   batch = tl.program_id(1) // H
   head = tl.program_id(1) % H
   start = (first_chunk + n) * C
-  chunk = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + n
+  chunk = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // PARTS) + n
 
   i = tl.arange(0, C)
   columns = tl.arange(0, BLOCK_K)
   tokens = start + i
   row = batch.to(tl.int64) * T
-  offsets = ((row + tokens) * G + head // (H // G))[:, None] * K + columns[None, :]
+  keys = ((row + start) * G + head // (H // G)) * K
+  offsets = i[:, None] * (G * K) + columns[None, :]
   seen = (tokens < T)[:, None] & (columns < K)[None, :]
-  k = tl.load(k_ptr + offsets, mask=seen, other=0.0)
-  q = tl.load(q_ptr + offsets, mask=seen, other=0.0)
-  beta = tl.load(beta_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0)
-  cumulative, before, era, era_before, _ = chunk_decays(
-    log_decay_ptr, segments_ptr, batch, head, start, T, H, C, SEGMENTED
-  )
-
-  decay_in = tl.exp2(tl.where(era == 0, cumulative, float('-inf')))
-  last = tl.sum(tl.where(i == C - 1, cumulative, 0.0), 0)
-  last_era = tl.sum(tl.where(i == C - 1, era, 0), 0)
-  decay_out = tl.exp2(tl.where(era == last_era, last - cumulative, float('-inf')))
-  gates = gates_ptr + chunk * (ROWS * C) + i
-  tl.store(gates + BASE_IN * C, decay_in)
-  tl.store(gates + BASE_OUT * C, decay_out if ADJOINT else decay_out * beta)
-  tl.store(gates + BASE_READ * C, decay_in * beta)
-
+  gate_offsets = (row + tokens) * H + head
   dtype = matrices_ptr.dtype.element_ty
   COUNT: tl.constexpr = 1 + DELTA + 2 * RESIDUAL + (DELTA and RESIDUAL)
   out = matrices_ptr + chunk * (COUNT * C * C) + i[:, None] * C + i[None, :]
+  cumulative, before, era, era_before, _ = chunk_decays(
+    log_decay_ptr, segments_ptr, batch, head, start, T, H, C, SEGMENTED
+  )
   L = decay_between(cumulative, era, cumulative, era, True, C)
-  k_t = tl.trans(k)
   is_diagonal = i[:, None] == i[None, :]
-  scores = tl.dot(q, k_t, input_precision=PRECISION) * L
-  # The base read-out of the residual form leaves out the current token.
-  base_scores = tl.where(is_diagonal, 0.0, scores) if RESIDUAL else scores
-  tl.store(out, (base_scores if ADJOINT else base_scores * beta[None, :]).to(dtype))
-
+  k = tl.load(k_ptr + keys + offsets, mask=seen, other=0.0)
   if DELTA or RESIDUAL:
-    gram = tl.dot(k, k_t, input_precision=PRECISION)
-  if RESIDUAL:
-    gamma = tl.load(gamma_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0)
-  if DELTA:
-    A = tl.where(is_diagonal, 0.0, L * gram)
-    MATRICES: tl.constexpr = 1 + RESIDUAL
+    gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+
+  if part == PARTS - 1:
+    beta = tl.load(beta_ptr + gate_offsets, mask=tokens < T, other=0.0)
+    decay_in = tl.exp2(tl.where(era == 0, cumulative, float('-inf')))
+    last = tl.sum(tl.where(i == C - 1, cumulative, 0.0), 0)
+    last_era = tl.sum(tl.where(i == C - 1, era, 0), 0)
+    decay_out = tl.exp2(tl.where(era == last_era, last - cumulative, float('-inf')))
+    gates = gates_ptr + chunk * (ROWS * C) + i
+    tl.store(gates + BASE_IN * C, decay_in)
+    tl.store(gates + BASE_OUT * C, decay_out if ADJOINT else decay_out * beta)
+    tl.store(gates + BASE_READ * C, decay_in * beta)
+    q = tl.load(q_ptr + keys + offsets, mask=seen, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * L
+    # The base read-out of the residual form leaves out the current token.
+    base_scores = tl.where(is_diagonal, 0.0, scores) if RESIDUAL else scores
+    tl.store(out, (base_scores if ADJOINT else base_scores * beta[None, :]).to(dtype))
     if RESIDUAL:
-      gate = tl.permute(tl.join(beta, gamma), (1, 0))
-    else:
-      gate = beta[None, :]
-    N = A[None] * (gate[:, :, None] if ADJOINT else gate[:, None, :])
-    inverses = unit_lower_inverse(N, MATRICES, C, 'tf32x3')
-    which = tl.arange(0, MATRICES)[:, None, None] * (3 * C * C)
-    place = which + i[None, :, None] * C + i[None, None, :]
-    tl.store(
-      matrices_ptr + chunk * (COUNT * C * C) + C * C + place, inverses.to(dtype)
-    )
+      gamma = tl.load(gamma_ptr + gate_offsets, mask=tokens < T, other=0.0)
+      tl.store(
+        gates + BASE_BEFORE * C, tl.exp2(tl.where(era_before == 0, before, float('-inf')))
+      )
+      tl.store(gates + RESIDUAL_IN * C, decay_in)
+      tl.store(gates + RESIDUAL_READ * C, decay_in * gamma)
+      tl.store(gates + RESIDUAL_OUT * C, decay_out if ADJOINT else decay_out * gamma)
+      tl.store(gates + GAMMA * C, gamma)
+      scores = gamma[:, None] * scores
+      scores = (scores if ADJOINT else scores * gamma[None, :]).to(dtype)
+      tl.store(out + (1 + DELTA) * C * C, scores)
+
+  if DELTA:
+    # The first part takes the base inverse, the last the residual one.
+    is_base = (not RESIDUAL) or part == 0
+    gate_ptr = beta_ptr if is_base else gamma_ptr
+    gate = tl.load(gate_ptr + gate_offsets, mask=tokens < T, other=0.0)
+    N = tl.where(is_diagonal, 0.0, L * gram)
+    N *= gate[:, None] if ADJOINT else gate[None, :]
+    inverse = unit_lower_inverse(N, C, SOLVE)
+    tl.store(out + (C * C if is_base else 4 * C * C), inverse.to(dtype))
   if RESIDUAL:
-    tl.store(
-      gates + BASE_BEFORE * C, tl.exp2(tl.where(era_before == 0, before, float('-inf')))
-    )
-    tl.store(gates + RESIDUAL_IN * C, decay_in)
-    tl.store(gates + RESIDUAL_READ * C, decay_in * gamma)
-    tl.store(gates + RESIDUAL_OUT * C, decay_out if ADJOINT else decay_out * gamma)
-    tl.store(gates + GAMMA * C, gamma)
-    out += (1 + DELTA) * C * C
-    scores = gamma[:, None] * scores
-    tl.store(out, (scores if ADJOINT else scores * gamma[None, :]).to(dtype))
-    prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
-    if DELTA:
-      first = (tl.arange(0, MATRICES) == 0)[:, None, None].to(tl.float32)
-      through = tl.sum(inverses * first, 0)
-      if not ADJOINT:
-        through *= beta[:, None]
-      prediction = tl.dot(prediction, through, input_precision='tf32x3')
-    elif not ADJOINT:
-      prediction *= beta[None, :]
-    tl.store(out + C * C, prediction.to(dtype))
+    if part == 0:
+      prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
+      if DELTA:
+        through = inverse if ADJOINT else gate[:, None] * inverse
+        prediction = tl.dot(prediction, through, input_precision=SOLVE)
+      elif not ADJOINT:
+        prediction *= tl.load(beta_ptr + gate_offsets, mask=tokens < T, other=0.0)[None, :]
+      tl.store(out + (2 + DELTA) * C * C, prediction.to(dtype))

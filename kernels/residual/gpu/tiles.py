@@ -84,18 +84,18 @@ def decay_between(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl
 
 
 @triton.jit
-def unit_lower_inverse(N, MATRICES: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-  """(I + N)^-1 of strictly lower triangular N [MATRICES, C, C], by doubling the blocks.
+def unit_lower_inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
+  """(I + N)^-1 of a strictly lower triangular N [C, C], by doubling the blocks.
 
   Powers of N over a whole chunk overflow for correlated keys; merging exact inverses of the
   diagonal blocks does not: [[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']].
   """
-  # Blocks of 16 as one batched product: a batch entry a warp.
+  # Blocks of 16 as one batched product.
   BLOCKS: tl.constexpr = C // 16
   block = tl.arange(0, BLOCKS)
-  diagonal = (block[:, None] == block[None, :]).to(tl.float32)[None, :, :, None, None]
-  tiles = tl.permute(tl.reshape(N, (MATRICES, BLOCKS, 16, BLOCKS, 16)), (0, 1, 3, 2, 4))
-  tiles = tl.reshape(tl.sum(tiles * diagonal, 2), (MATRICES * BLOCKS, 16, 16))
+  diagonal = (block[:, None] == block[None, :]).to(tl.float32)
+  tiles = tl.permute(tl.reshape(N, (BLOCKS, 16, BLOCKS, 16)), (0, 2, 1, 3))
+  tiles = tl.sum(tiles * diagonal[:, :, None, None], 1)
   i = tl.arange(0, 16)[:, None]
   j = tl.arange(0, 16)[None, :]
   X = tl.where(i == j, 1.0, 0.0)[None] - tl.where(i // 2 == j // 2, tiles, 0.0)
@@ -104,35 +104,16 @@ def unit_lower_inverse(N, MATRICES: tl.constexpr, C: tl.constexpr, PRECISION: tl
     below = tl.where((i // (2 * half) == j // (2 * half)) & (i // half != j // half), tiles, 0.0)
     step = tl.dot(X, below, input_precision=PRECISION)
     X -= tl.dot(step, X, input_precision=PRECISION)
-  if C == 16:
-    return X
-  # Pairs of blocks, of which only the block below is new.
-  PAIRS: tl.constexpr = MATRICES * (C // 32)
-  pair = tl.arange(0, C // 32)
-  diagonal = (pair[:, None] == pair[None, :]).to(tl.float32)[None, :, :, None, None]
-  pairs = tl.reshape(N, (MATRICES, C // 32, 32, C // 32, 32))
-  pairs = tl.sum(tl.permute(pairs, (0, 1, 3, 2, 4)) * diagonal, 2)
-  is_second = tl.arange(0, 2).to(tl.float32)
-  is_first = 1.0 - is_second
-  below = tl.reshape(pairs, (PAIRS, 2, 16, 2, 16)) * is_second[None, :, None, None, None]
-  below = tl.sum(tl.sum(below * is_first[None, None, None, :, None], 3), 1)
-  X = tl.reshape(X, (PAIRS, 2, 16, 16))
-  first = tl.sum(X * is_first[None, :, None, None], 1)
-  second = tl.sum(X * is_second[None, :, None, None], 1)
-  step = tl.dot(second, below, input_precision=PRECISION)
-  below = -tl.dot(step, first, input_precision=PRECISION)
-  on = is_first[:, None] * is_first[None, :]
-  X = first[:, None, :, None, :] * on[None, :, None, :, None]
-  on = is_second[:, None] * is_first[None, :]
-  X += below[:, None, :, None, :] * on[None, :, None, :, None]
-  on = is_second[:, None] * is_second[None, :]
-  X += second[:, None, :, None, :] * on[None, :, None, :, None]
-  X = tl.reshape(X, (MATRICES, C // 32, 1, 32, 32)) * diagonal
-  X = tl.reshape(tl.permute(X, (0, 1, 3, 2, 4)), (MATRICES, C, C))
-  if C == 64:
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    below = tl.where(i // 32 != j // 32, N, 0.0)
+  X = tl.reshape(X, (BLOCKS, 1, 16, 16)) * diagonal[:, :, None, None]
+  X = tl.reshape(tl.permute(X, (0, 2, 1, 3)), (C, C))
+  i = tl.arange(0, C)[:, None]
+  j = tl.arange(0, C)[None, :]
+  if C >= 32:
+    below = tl.where((i // 32 == j // 32) & (i // 16 != j // 16), N, 0.0)
+    step = tl.dot(X, below, input_precision=PRECISION)
+    X -= tl.dot(step, X, input_precision=PRECISION)
+  if C >= 64:
+    below = tl.where((i // 64 == j // 64) & (i // 32 != j // 32), N, 0.0)
     step = tl.dot(X, below, input_precision=PRECISION)
     X -= tl.dot(step, X, input_precision=PRECISION)
   return X
