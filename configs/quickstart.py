@@ -14,7 +14,7 @@ from rla_jax.training import get_config as get_base_config
 def get_config():
   """The config that `make quickstart` trains."""
   c = get_base_config()
-  c.steps = 800
+  c.steps = 600
   c.model.num_layers = 3
   c.model.model_dim = 192
   c.model.ffn_dim = 512
@@ -29,7 +29,7 @@ def get_config():
   c.optimizer.final_learning_rate = 1e-4
   c.optimizer.warmup_steps = 40
   c.log_every = 20
-  c.eval_every = 200
+  c.eval_every = 150
   c.eval_tokens = 30_000
-  c.checkpoint_every = 200
+  c.checkpoint_every = 150
   return c

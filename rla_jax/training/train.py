@@ -111,7 +111,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> Outcom
           checkpoints.check()
         checkpoints.wait()
       if stop:
-        progress.say(f'stopped by {stop.name} at step {number}; the same command goes on there')
+        progress.say(f'{stop.name} at step {number}: stopped; the same command goes on from there')
         return Outcome(number, stop.name, None, state)
       return Outcome(number, None, evaluation, state)
 
