@@ -60,6 +60,7 @@ DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'
 CHECKED_SIZES = LIST('accuracy_sizes', ['64', '100', '128', '256'], 'its head sizes')
 CHECKED_LENGTHS = LIST('accuracy_lengths', ['1', '63', '2048', '4097'], 'its lengths, up to 4160')
 REPEATS = flags.DEFINE_integer('repeats', 7, 'samples of a median')
+PEER_SECONDS = flags.DEFINE_float('peer_seconds', None, 'stop the peers after so long')
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
 OUT = flags.DEFINE_string('out', 'experiments/results', 'folder of the results')
 APPEND = flags.DEFINE_bool('append', False, 'keep the rows of older files')
@@ -239,14 +240,12 @@ def time_peers(chosen: list[Problem]) -> list[dict]:
     root = pathlib.Path(__file__).resolve().parents[1]
     search = [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p]
     search = os.pathsep.join(p for p in search if pathlib.Path(p).resolve() != root)
-    done = subprocess.run(
-      [sys.executable, script, asked, answered],
-      cwd=folder,
-      env=os.environ | {'PYTHONPATH': search},
-      check=False,
-    )
-    if done.returncode:
-      print(f'fla: stopped with exit status {done.returncode}; the rows before that are kept')
+    command = [sys.executable, script, asked, answered]
+    environment = os.environ | {'PYTHONPATH': search}
+    try:
+      subprocess.run(command, cwd=folder, env=environment, check=True, timeout=PEER_SECONDS.value)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+      print(f'fla: stopped ({error}); the rows before that are kept')
     lines = answered.read_text().splitlines() if answered.exists() else []
   rows = [json.loads(line) for line in lines]
   return [
