@@ -51,19 +51,21 @@ def heuristic(
   *, delta: bool, residual: bool, key_dim: int, value_dim: int, dtype, heads: int, length: int
 ) -> Blocks:
   """Block sizes for a call of `heads` (batch times heads) sequences of `length` tokens."""
-  wide = jnp.dtype(dtype).itemsize == 4
-  key_block = max(16, 1 << (key_dim - 1).bit_length())
-  large = wide or key_block > 128
-  tile = max(16, min(16 if large else 64, 1 << (value_dim - 1).bit_length()))
-  warps = max(1, tile // 16)
-  loop = Kernel(tile, warps, 2)
+  # A warp holds 16 value columns of a state whole, so tiles are as large as wgmma wants them, and
+  # smaller ones only where the states of float32 or K > 128 leave no registers.
+  large = jnp.dtype(dtype).itemsize == 4 or key_dim > 128
+  tile = 16 if large else max(16, min(64, 1 << (value_dim - 1).bit_length()))
+  loop = Kernel(tile, tile // 16, 2)
+  sweep = loop
+  if residual and not large and value_dim > 64 and heads >= 132:
+    sweep = Kernel(128, 8, 2)  # keys and matrices are loaded once for all values
   return Blocks(
     chunk=16 if large else 32,
     span=2,
-    prepare=Kernel(0, 4, 1),
-    forward=loop,
-    sweep=loop,
-    gradients=Kernel(16 if large else 32, 4, 2),
+    prepare=Kernel(0, 4 if large else 1, 1),
+    forward=loop if residual or large else dataclasses.replace(loop, stages=3),
+    sweep=sweep,
+    gradients=Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3),
     pieces=8 if length >= 2048 else 1,
   )
 
