@@ -54,7 +54,7 @@ def forward(
     in_specs=[spec[kind] for _, kind in inputs.values()],
     out_specs=[spec[kind] for kind, _, _ in outputs.values()],
     out_shape=[blocks.struct(shape, dtype, *like) for _, shape, dtype in outputs.values()],
-    name='residual_forward',
+    name='residual_forward_saving' if save else 'residual_forward',
     **plan.params(sequential=True),
   )(*(x for x, _ in inputs.values()))
   return dict(zip(outputs, out))

@@ -1,0 +1,1 @@
+"""What tpu_report.py is made of."""
