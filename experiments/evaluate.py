@@ -1,16 +1,21 @@
-"""Loss, perplexity and bits per byte of a trained model on held-out text.
+"""Evaluates a trained model: loss on held-out text, or the suites of rla_jax.evaluation.
 
   python experiments/evaluate.py --workdir=runs/quickstart
   python experiments/evaluate.py --workdir=runs/quickstart --path='other_text/*.txt'
+  python experiments/evaluate.py --workdir=runs/mine --suite=perplexity,commonsense --data_dir=data
 
-Without --path: the documents that the run held out. Long documents are cut into the run's
-sequences, each predicted from its own tokens only. Prints one line of JSON.
+Without --path: the documents that the run held out. Without --suite: long documents are cut into
+the run's sequences, each predicted from its own tokens only; prints one line of JSON. With --suite:
+whole documents, the state carried; prints a table beside published numbers, and leaves it in
+--output with JSON, CSV and figures.
 """
 
 import json
+import pathlib
 
 from absl import flags
 
+from rla_jax.evaluation import Settings, run_suites
 from rla_jax.training.command_line import run
 from rla_jax.training.trained import evaluate_run
 
@@ -19,10 +24,32 @@ _PATH = flags.DEFINE_string('path', None, 'File, folder or glob to evaluate on i
 _MAX_TOKENS = flags.DEFINE_integer(
   'max_tokens', None, 'Evaluate whole documents up to so many tokens; default: all.', lower_bound=1
 )
+_SUITE = flags.DEFINE_list(
+  'suite', [], 'Suites or single tasks, keys or values of rla_jax.evaluation.SUITES.'
+)
+_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the evaluation sets.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder of the results; default: in the workdir.')
+_WINDOW = flags.DEFINE_integer(
+  'window', None, 'Tokens of text that the model sees at a time; default: whole documents.',
+  lower_bound=1,
+)  # fmt: skip
+_STRIDE = flags.DEFINE_integer(
+  'stride', None, 'Tokens between windows; default: the window.', lower_bound=1
+)
+_CHUNK = flags.DEFINE_integer('chunk', 2048, 'Tokens of one call of the model.', lower_bound=1)
+_BATCH_TOKENS = flags.DEFINE_integer('batch_tokens', 16384, 'Tokens of a batch.', lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', 16, 'Prompts that are continued at a time.', lower_bound=1
+)
+_LIMIT = flags.DEFINE_integer(
+  'limit', None, 'First samples or documents of each task; default: all.', lower_bound=1
+)
 
 
 def main(_):
   """Evaluates as the flags say."""
+  if _SUITE.value:
+    return suites()
   step, evaluation = evaluate_run(_WORKDIR.value, _PATH.value, _MAX_TOKENS.value)
   print(json.dumps({
     'step': step,
@@ -32,6 +59,22 @@ def main(_):
     'tokens': evaluation.tokens,
     'bytes': evaluation.bytes,
   }))  # fmt: skip
+  return 0
+
+
+def suites() -> int:
+  """Runs the suites, prints the table and what was skipped."""
+  output = pathlib.Path(_OUTPUT.value or pathlib.Path(_WORKDIR.value) / 'evaluation')
+  settings = Settings(
+    data_dir=_DATA_DIR.value, path=_PATH.value, window=_WINDOW.value, stride=_STRIDE.value,
+    chunk=_CHUNK.value, batch_tokens=_BATCH_TOKENS.value, batch_size=_BATCH_SIZE.value,
+    limit=_LIMIT.value,
+  )  # fmt: skip
+  _, skipped = run_suites(_WORKDIR.value, _SUITE.value, output, settings)
+  print((output / 'results.md').read_text())
+  for task, reason in skipped.items():
+    print(f'skipped {task}: {reason}')
+  return 0
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@
     loss_sum, weight_sum = model.apply(
       variables, tokens_BT, targets_BT, mask=mask_BT, segment_ids=ids_BT, method='loss')
     nll_BT, correct_BT = model.apply(
-      variables, tokens_BT, targets_BT, segment_ids=ids_BT, method='score')
+      variables, tokens_BT, targets_BT, segment_ids=ids_BT, method='score')  # cache=: and a cache
 
     cache = model.init_cache(batch_size, max_length)                 # no parameters needed
     logits_BTS, cache = model.apply(variables, tokens_BT, cache=cache)

@@ -101,16 +101,23 @@ class LanguageModel(nn.Module):
     return jnp.where(mask_BT != 0, mask_BT * nll_BT, 0).sum(), mask_BT.sum()
 
   def score(
-    self, tokens: Tokens, targets: Tokens, segment_ids: Segments | None = None
-  ) -> TokenScores:
+    self,
+    tokens: Tokens,
+    targets: Tokens,
+    segment_ids: Segments | None = None,
+    cache: tuple | None = None,
+  ) -> TokenScores | tuple[TokenScores, tuple]:
     """-ln p(target) and whether the target is the most probable token, at every position.
 
-    Holds the logits of `config.loss_chunk` positions at a time. Arguments as for `loss`.
+    Holds the logits of `config.loss_chunk` positions at a time. Arguments as for `loss`; with a
+    cache, returns (scores, the cache after the last token).
     """
-    x_BTD, _ = self._trunk(tokens, segment_ids, None)
+    x_BTD, new_cache = self._trunk(tokens, segment_ids, cache)
     if self.config.loss_chunk is None:
-      return score(self._logits(x_BTD), targets)
-    return score_chunked(self._logits, x_BTD, targets, self.config.loss_chunk)
+      scores = score(self._logits(x_BTD), targets)
+    else:
+      scores = score_chunked(self._logits, x_BTD, targets, self.config.loss_chunk)
+    return scores if cache is None else (scores, new_cache)
 
   @nn.nowrap
   def init_cache(self, batch_size: int, max_length: int | None = None) -> tuple:

@@ -1,0 +1,56 @@
+"""The language model evaluation harness's own command line, with this library's models and sets.
+
+  python -m rla_jax.evaluation.lm_eval --workdir runs/mine --data_dir data --tasks arc_easy,piqa
+  python -m rla_jax.evaluation.lm_eval --data_dir data --model rla_jax \
+      --model_args workdir=runs/mine,chunk=1024 --tasks squad --limit 100 --log_samples ...
+
+All flags are the harness's (`--help`), but for two: `--workdir` is short for the model and its
+argument, and the sets in the folder `--data_dir` become tasks, in place of the harness's own of the
+same name (`rla_jax.evaluation.local_tasks` lists them).
+"""
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from rla_jax.data import DataError
+from rla_jax.evaluation import local_tasks
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the harness; errors that a user can act on are one line.
+
+  Args:
+    arguments: of the command line; None: those of this process.
+  """
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument('--workdir')
+  parser.add_argument('--data_dir')
+  ours, rest = parser.parse_known_args(arguments)
+  if importlib.util.find_spec('lm_eval') is None:
+    sys.exit("error: lm_eval is not installed: pip install 'rla_jax[eval]'")
+  from lm_eval.__main__ import cli_evaluate
+
+  from rla_jax.evaluation import harness
+  from rla_jax.training.errors import TrainingError
+
+  harness.go_offline()
+  if ours.workdir is not None:
+    rest += ['--model', 'rla_jax', '--model_args', f'workdir={ours.workdir}']
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      if ours.data_dir is not None:
+        _, skipped = local_tasks.write(folder, ours.data_dir)
+        for task, reason in skipped.items():
+          print(f'no task {task}: {reason}', file=sys.stderr)
+        rest += ['--include_path', folder]
+      sys.argv = ['lm_eval', *rest]
+      cli_evaluate()
+    except (DataError, TrainingError) as error:
+      sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,115 @@
+"""The adapter in the harness itself; needs the extra `eval`."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from rla_jax.evaluation import Settings, wikitext
+from rla_jax.evaluation.likelihood import encode_pair
+from rla_jax.evaluation.scorer import Scorer
+from tests.evaluation import models
+
+pytest.importorskip('lm_eval', reason="lm_eval is not installed: pip install 'rla_jax[eval]'")
+pytestmark = pytest.mark.filterwarnings('ignore')  # of the harness and what it imports
+
+CHANCE = {
+  'arc_easy': 1 / 4, 'piqa': 1 / 2, 'mmlu': 1 / 4, 'hellaswag': 1 / 4, 'winogrande': 1 / 2,
+  'openbookqa': 1 / 4, 'social_iqa': 1 / 3, 'commonsense_qa': 1 / 5,
+}  # fmt: skip
+
+
+class Request:
+  """What the harness hands to a model."""
+
+  def __init__(self, *args):
+    self.args = args
+
+
+def bigram_lm(**options):
+  from rla_jax.evaluation.harness import RlaJaxLM
+
+  model, params, log_p = models.bigram()
+  scorer = Scorer(model, params, chunk=models.CHUNK, batch_tokens=models.BATCH_TOKENS)
+  return RlaJaxLM(scorer=scorer, tokenizer=models.TOKENIZER, **options), log_p
+
+
+def nats(log_p, text):
+  ids = [models.TOKENIZER.bos_id, *text.encode()]
+  return [-log_p[a, b] for a, b in itertools.pairwise(ids)]
+
+
+def test_log_likelihoods_by_hand():
+  lm, log_p = bigram_lm()
+  pairs = [('the', ' cat'), ('', 'x y'), ('a ', 'b'), ('q' * 90, 'z'), ('abc', '')]
+  found = lm.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+  for (context, continuation), (got, _) in zip(pairs[:-1], found[:-1], strict=True):
+    _, ids = encode_pair(models.TOKENIZER, context, continuation)
+    want = -sum(nats(log_p, context + continuation)[-len(ids) :])
+    assert got == pytest.approx(want, rel=1e-6)
+  assert found[-1] == (0.0, True)
+
+
+def test_rolling_log_likelihoods_by_hand():
+  lm, log_p = bigram_lm()
+  texts = ['one two three', 'x' * 100]
+  found = lm.loglikelihood_rolling([Request(text) for text in texts], disable_tqdm=True)
+  assert found == pytest.approx([-sum(nats(log_p, text)) for text in texts], rel=1e-6)
+
+
+def test_generation_stops_and_refuses_sampling():
+  lm, _ = bigram_lm(batch_size=2)
+  greedy = {'until': ['\n'], 'max_gen_toks': 6, 'do_sample': False}
+  (text,) = lm.generate_until([Request('ab', greedy)], disable_tqdm=True)
+  assert '\n' not in text
+  with pytest.raises(ValueError, match='do_sample is True; expected greedy'):
+    lm.generate_until([Request('ab', greedy | {'do_sample': True})])
+
+
+def test_random_weights_score_at_chance_whatever_the_batch_size(data_dir):
+  from rla_jax.evaluation import harness
+
+  class Trained:
+    tokenizer = models.TOKENIZER
+
+  model, params, _ = models.bigram()
+  settings = Settings(data_dir=str(data_dir), limit=100)
+  found = []
+  for batch_tokens in (2048, 8192):
+    scorer = Scorer(model, params, chunk=512, batch_tokens=batch_tokens)
+    results, skipped = harness.evaluate(Trained, scorer, 'commonsense', list(CHANCE), settings)
+    assert not skipped
+    assert len(scorer.shapes) < 12
+    found.append({(r.task, r.metric): r.value for r in results})
+  assert found[0] == found[1]
+  for task, chance in CHANCE.items():
+    five_sigma = 5 * math.sqrt(chance * (1 - chance) / 100)
+    assert abs(found[0][task, 'acc'] - chance) < five_sigma, task
+  assert np.mean([found[0][t, 'acc'] - c for t, c in CHANCE.items()]) == pytest.approx(0, abs=0.08)
+
+
+def test_recall_tasks_run(data_dir):
+  from rla_jax.evaluation import harness
+
+  class Trained:
+    tokenizer = models.TOKENIZER
+
+  lm, _ = bigram_lm()
+  settings = Settings(data_dir=str(data_dir), limit=2, batch_size=2)
+  results, skipped = harness.evaluate(
+    Trained, lm.scorer, 'recall', ['squad', 'nq', 'drop', 'triviaqa', 'fda'], settings
+  )
+  assert set(skipped) == {'fda'}
+  assert [(r.task, r.metric, r.samples) for r in results] == [
+    (task, 'contains', 2) for task in ('squad', 'nq', 'drop', 'triviaqa')
+  ]
+
+
+def test_spacing_is_restored_as_the_harness_does(data_dir):
+  from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+  from rla_jax.evaluation import records
+
+  for record in records.read(records.find(data_dir, *wikitext.NAMES)):
+    assert wikitext.restore_spacing(record['page']) == wikitext_detokenizer(record)

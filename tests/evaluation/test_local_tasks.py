@@ -1,0 +1,58 @@
+import json
+
+import pytest
+
+from rla_jax.data import DataError
+from rla_jax.evaluation import local_tasks
+from rla_jax.evaluation.continuations import continue_greedily, cut
+from rla_jax.evaluation.scorer import Scorer
+from tests.evaluation import models
+
+
+def test_cut_stops_at_the_first_stop_string():
+  assert cut('one\ntwo. three', ['.', '\n']) == 'one'
+  assert cut('one', ['\n', '']) == 'one'
+
+
+def test_continuations_of_a_bigram_model_by_hand():
+  model, params, log_p = models.bigram()
+  scorer = Scorer(model, params, chunk=models.CHUNK, batch_tokens=models.BATCH_TOKENS)
+  prompts = ['ab', '', 'x' * 70]
+
+  def by_hand(prompt):
+    ids = [models.TOKENIZER.bos_id, *prompt.encode()]
+    for _ in range(6):
+      ids.append(int(log_p[ids[-1]].argmax()))
+    made = ids[1 + len(prompt) :]
+    eos = models.TOKENIZER.eos_id
+    return models.TOKENIZER.decode(made[: made.index(eos)] if eos in made else made)
+
+  want = [by_hand(prompt) for prompt in prompts]
+  for batch_size in (1, 2):
+    got = continue_greedily(
+      scorer, models.TOKENIZER, prompts, [[]] * 3, 6, batch_size=batch_size
+    )
+    assert got == want
+  first = want[0][1]
+  (stopped,) = continue_greedily(scorer, models.TOKENIZER, prompts[:1], [[first]], 6, batch_size=1)
+  assert stopped == cut(want[0], [first])
+
+
+def test_contains():
+  assert local_tasks.contains(' It was PARIS.', ['London', 'paris']) == 1
+  assert local_tasks.contains('', ['a']) == 0
+  assert local_tasks.contains('anything', ['']) == 0
+
+
+def test_written_for_the_sets_that_are_there(tmp_path, data_dir):
+  written, skipped = local_tasks.write(tmp_path, data_dir)
+  assert set(skipped) == {'fda', 'swde'}
+  assert skipped['fda'].endswith('has no fda.jsonl (.xz, .gz)')
+  assert set(written) == set(local_tasks.TASKS) - set(skipped)
+  assert json.dumps(str(data_dir.resolve()))[1:-1] in (tmp_path / 'piqa.yaml').read_text()
+
+
+def test_wrong_columns_are_one_line(tmp_path):
+  (tmp_path / 'piqa.jsonl').write_text('{"goal": "x", "sol1": "a"}\n')
+  with pytest.raises(DataError, match=r"piqa.jsonl:1 has no column 'sol2'; its columns: goal, sol"):
+    local_tasks.write(tmp_path, tmp_path, ['piqa'])
