@@ -63,7 +63,8 @@ def heuristic(
     chunk=16 if large else 32,
     span=2,
     prepare=Kernel(0, 4 if large else 1, 1),
-    forward=loop if residual or large else dataclasses.replace(loop, stages=3),
+    # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
+    forward=loop if large or (delta and residual) else dataclasses.replace(loop, stages=3),
     sweep=sweep,
     gradients=Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3),
     pieces=8 if length >= 2048 else 1,

@@ -103,9 +103,9 @@ def forward_kernel(
         if RESIDUAL:
           store_tile(saved + K * V + saved_offsets, R.to(dtype), state_seen, EVEN)
     decay_in = tl.load(gates + BASE_IN * C + i)[None, :]
+    o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
     if DELTA or RESIDUAL:
       X = tl.dot(S_low, tl.trans(k), input_precision=PRECISION)
-    o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
     if DELTA:
       y = (v - decay_in * X).to(dtype)
       F = tl.dot(y, tl.trans(tl.load(square + C * C)), input_precision=PRECISION)

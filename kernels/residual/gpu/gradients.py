@@ -15,9 +15,8 @@ from rla_jax.kernels.residual.gpu.tiles import (
 def _tile(pointer, rows, columns, first, row_seen, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
   """Columns first .. of a matrix whose row offsets are `rows`; zero beyond COLUMNS."""
   columns += first
-  return load_tile(
-    pointer + rows[:, None] + columns[None, :], row_seen[:, None] & (columns < COLUMNS)[None, :], EVEN
-  )
+  seen = row_seen[:, None] & (columns < COLUMNS)[None, :]
+  return load_tile(pointer + rows[:, None] + columns[None, :], seen, EVEN)
 
 
 @triton.jit

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 # Rows of the gate array [B, H, N, GATES, C] that `prepare` writes: decays from the chunk's start
-# through token i (IN), without i's own (BEFORE), and from i to the chunk's end (OUT), alone and times
-# the gates. The residual state reads rows of its own, so that none stays in registers for both.
+# through token i (IN), without i's own (BEFORE), and from i to the chunk's end (OUT), alone and
+# times the gates. The residual state reads rows of its own, so that none stays in registers for
+# both.
 BASE_IN = tl.constexpr(0)
 BASE_BEFORE = tl.constexpr(1)
 BASE_OUT = tl.constexpr(2)  # forward: times beta

@@ -1,0 +1,297 @@
+"""The Triton kernels without a GPU: numerics in the interpreter, compilation for sm_80 and sm_90.
+
+Everything is held against the recurrence in float64, token by token. The compiler's own report
+says whether registers spill and whether shared memory fits.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip('triton')
+
+from rla_jax.kernels.residual import gpu
+from rla_jax.kernels.residual.gpu import blocks, call
+from rla_jax.kernels.residual.gpu.forward import forward_kernel
+from rla_jax.kernels.residual.gpu.gradients import gradients_kernel
+from rla_jax.kernels.residual.gpu.prepare import prepare_kernel
+from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
+from tests.kernels import triton_harness as harness
+from tests.oracle import GRADIENTS, Call, gradients, recurrence
+
+# RMS(error) / RMS(reference): outputs and states, gradients of tensors, gradients of gates.
+BARS = {'float32': (2e-5, 2e-5, 2e-5), 'bfloat16': (0.005, 0.008, 0.02)}
+BARS['float16'] = BARS['bfloat16']
+GATES = ('log_decay', 'beta', 'gamma')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A problem. `hard`: strengths of 1, no decay and keys alike, as of repeated tokens."""
+
+  update: str = 'delta'
+  residual: bool = True
+  dtype: str = 'float32'
+  B: int = 1
+  T: int = 96
+  G: int = 1
+  H: int = 1
+  K: int = 16
+  V: int = 16
+  clip: float | None = 1.0
+  segments: bool = False
+  resets: bool = False
+  hard: bool = False
+  chunk_size: int | None = None
+  pieces: int = 1
+
+
+CASES = {
+  'delta': Case(),
+  'additive': Case(update='additive'),
+  'delta, base alone': Case(residual=False, T=64),
+  'additive, base alone': Case(update='additive', residual=False, T=64),
+  'one token': Case(T=1),
+  'no clip, grouped heads, odd sizes': Case(clip=None, G=2, H=4, K=20, V=24, T=63),
+  'segments, resets, pieces': Case(B=2, T=150, segments=True, resets=True, pieces=3),
+  'additive, segments, resets': Case(update='additive', T=75, segments=True, resets=True),
+  'hard': Case(hard=True, T=130, chunk_size=32),
+  'hard, chunk 64': Case(hard=True, T=130, chunk_size=64),
+  'bfloat16': Case(dtype='bfloat16', T=128, K=32, V=32),
+  'bfloat16, additive': Case(dtype='bfloat16', update='additive', T=128, K=32, V=32),
+  'float16': Case(dtype='float16', K=32, V=32),
+}
+
+
+def problem(case: Case, seed: int = 0):
+  """A call of the oracle, and cotangents, rounded to what the kernels are given."""
+  rng = np.random.default_rng(seed)
+  B, T, G, H, K, V = case.B, case.T, case.G, case.H, case.K, case.V
+
+  def rounded(x, dtype=case.dtype):
+    return np.asarray(jnp.asarray(x, dtype), np.float64)
+
+  def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+  q = rounded(unit(rng.standard_normal((B, T, G, K))))
+  k = rounded(unit(rng.random((B, T, G, K)) if case.hard else rng.standard_normal((B, T, G, K))))
+  v = rounded(rng.standard_normal((B, T, H, V)))
+  log_decay = np.zeros((B, T, H)) if case.hard else -0.3 * rng.random((B, T, H))
+  beta, gamma = np.ones((2, B, T, H)) if case.hard else rng.random((2, B, T, H))
+  if case.resets:
+    log_decay[:, [T // 5, T // 2, T - 1]] = -np.inf
+    log_decay[:, T // 4] = -90.0
+    beta[:, T // 3], gamma[:, T // 6] = 0, 0
+  base, residual = 0.3 * rng.standard_normal((2, B, H, K, V))
+  ids = None
+  if case.segments:
+    ids = np.zeros((B, T), np.int32)
+    for cut in (1, T // 3, T // 2, T - 2):
+      ids[:, cut:] += 1
+  gates = [rounded(x, 'float32') for x in (log_decay, beta, gamma, base, residual)]
+  if not case.residual:
+    gates[2] = gates[4] = None
+  oracle = Call(q, k, v, *gates, ids, update=case.update, clip=case.clip)
+  cotangents = {'o': rounded(rng.standard_normal(v.shape))}
+  for name in ('base', 'residual') if case.residual else ('base',):
+    cotangents[name] = rounded(rng.standard_normal(base.shape), 'float32')
+  return oracle, cotangents
+
+
+def assert_close(name, x, reference, bar):
+  x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+  error = np.sqrt(np.mean((x - reference) ** 2)) / np.sqrt(np.mean(reference**2))
+  assert error < bar, f'{name}: {error:.1e}, bar {bar:.0e}'  # NaN fails
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_values_and_gradients(name, monkeypatch):
+  """Interpreted kernels agree with the oracle, the clip's mask pinned to their own."""
+  case = CASES[name]
+  oracle, cotangents = problem(case)
+  plain, attend, configs = blocks.heuristic, call.attend, []
+
+  def spy(config, *args):
+    configs.append(config)
+    return attend(config, *args)
+
+  monkeypatch.setattr(call, 'attend', spy)
+  monkeypatch.setattr(
+    blocks, 'heuristic', lambda **k: dataclasses.replace(plain(**k), pieces=case.pieces)
+  )
+  dtypes = [case.dtype] * 3 + ['float32'] * 5
+  args = [
+    None if x is None else jnp.asarray(x, dtype)
+    for x, dtype in zip((getattr(oracle, n) for n in GRADIENTS), dtypes, strict=True)
+  ]
+  ids = None if oracle.segment_ids is None else jnp.asarray(oracle.segment_ids)
+  run = lambda *a: gpu.residual_attention(  # noqa: E731
+    *a, ids, update=case.update, clip=case.clip, readout='gated', interpret=True,
+    chunk_size=case.chunk_size,
+  )  # fmt: skip
+  outputs, pull = jax.vjp(run, *args)
+  dtypes = (case.dtype, 'float32', 'float32')
+  found = pull(
+    tuple(
+      jnp.asarray(cotangents[n], d) if n in cotangents else None
+      for n, d in zip(('o', 'base', 'residual'), dtypes, strict=True)
+    )
+  )
+
+  values, tensors, gates = BARS[case.dtype]
+  reference = recurrence(oracle)
+  for n, x in zip(('o', 'base', 'residual'), outputs, strict=True):
+    if x is not None:
+      assert_close(n, x, reference[n], values)
+  mask = None
+  if case.residual and case.clip is not None:
+    passes = call._forward(configs[0], True)(*args, ids)[1][3]
+    mask = np.asarray(passes) != 0
+    flips = np.mean(mask != (np.abs(reference['innovation']) < case.clip))
+    assert flips <= (0 if case.dtype == 'float32' else 5e-3), f'flipped: {flips:.1e}'
+  expected = gradients(oracle, cotangents, mask)
+  for n, x in zip(GRADIENTS, found, strict=True):
+    if x is None:
+      continue
+    assert_close(f'd{n}', x, expected[n], gates if n in GATES else tensors)
+    if n in GATES and np.size(x) > 1:
+      a, b = np.ravel(np.asarray(x, np.float64)), np.ravel(expected[n])
+      assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > 0.999, n
+
+
+def test_pieces_in_sequence_are_the_whole():
+  """States handed from one call to the next give what one call gives."""
+  oracle, _ = problem(Case(T=96, H=2))
+  args = [jnp.asarray(getattr(oracle, n), jnp.float32) for n in GRADIENTS]
+  run = lambda *a: gpu.residual_attention(  # noqa: E731
+    *a, None, update='delta', clip=1.0, readout='gated', interpret=True
+  )
+  o, base, residual = run(*args)
+  first = run(*(x[:, :40] for x in args[:6]), *args[6:])
+  second = run(*(x[:, 40:] for x in args[:6]), *first[1:])
+  np.testing.assert_allclose(np.concatenate([first[0], second[0]], 1), o, atol=2e-6)
+  np.testing.assert_allclose(second[1], base, atol=2e-6)
+  np.testing.assert_allclose(second[2], residual, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ('change', 'word'),
+  [
+    ({'channel_decay': True}, 'decay'),
+    ({'readout': 'sum'}, 'sum'),
+    ({'dtype': jnp.float64}, 'float64'),
+    ({'key_dim': 300}, '300'),
+  ],
+)
+def test_unsupported_says_why(change, word):
+  served = {
+    'update': 'delta', 'key_dim': 100, 'value_dim': 60, 'dtype': jnp.bfloat16,
+    'channel_decay': False, 'readout': 'gated', 'residual': True,
+  }  # fmt: skip
+  assert gpu.unsupported(**served) is None
+  assert word in gpu.unsupported(**(served | change))
+
+
+def test_refuses_a_chunk_size_it_lacks():
+  oracle, _ = problem(Case(T=8))
+  args = [jnp.asarray(getattr(oracle, n), jnp.float32) for n in GRADIENTS]
+  with pytest.raises(ValueError, match='chunk_size is 48'):
+    gpu.residual_attention(
+      *args, None, update='delta', clip=1.0, readout='gated', chunk_size=48, interpret=True
+    )
+
+
+# --- compilation: K = V = 128, bfloat16, the heuristic's choice for 64 sequences of 8192 tokens ---
+
+KERNELS = {
+  'prepare': prepare_kernel,
+  'forward': forward_kernel,
+  'sweep': sweep_kernel,
+  'gradients': gradients_kernel,
+}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+FLOAT32 = (
+  'log_decay_ptr', 'beta_ptr', 'gamma_ptr', 'gates_ptr', 'base_ptr', 'residual_ptr',
+  'base_out_ptr', 'residual_out_ptr', 'dbase_in_ptr', 'dresidual_in_ptr', 'dbase_ptr',
+  'dresidual_ptr', 'dlog_decay_ptr', 'dbeta_ptr', 'dgamma_ptr',
+)  # fmt: skip
+SCALARS = ('T', 'chunks', 'first_chunk')
+
+
+def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness.Compiled:
+  """The compiler's report of a kernel in the default configuration."""
+  kernel = KERNELS[name]
+  chosen = blocks.heuristic(
+    delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=64,
+    length=8192,
+  )  # fmt: skip
+  launch = getattr(chosen, name)
+  constexprs = {
+    'H': 16, 'G': 16, 'K': 128, 'V': 128, 'BLOCK_K': 128, 'BLOCK_V': launch.value,
+    'C': chosen.chunk * (chosen.span if name == 'gradients' else 1), 'SPAN': chosen.span,
+    'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': False, 'EVEN': True,
+    'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'bf16x3',
+  }  # fmt: skip
+  kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i8'}
+  kinds |= dict.fromkeys(FLOAT32, '*fp32') | dict.fromkeys(SCALARS, 'i32')
+  names = [p.name for p in kernel.params if not p.is_constexpr]
+  used = {p.name for p in kernel.params if p.is_constexpr}
+  return harness.compile_kernel(
+    kernel,
+    [kinds.get(n, '*bf16') for n in names],
+    {n: x for n, x in constexprs.items() if n in used},
+    capability=capability,
+    num_warps=launch.warps,
+    num_stages=launch.stages,
+  )
+
+
+RULES = {
+  'delta residual': (True, True),
+  'additive residual': (False, True),
+  'delta': (True, False),
+  'additive': (False, False),
+}
+# Both states take 128 of a thread's 255 registers, and two of these kernels hold both.
+SPILLS = pytest.mark.xfail(strict=True, reason='two states and their products spill registers')
+BUILDS = [
+  (90, 'prepare', 'delta residual'),
+  (90, 'prepare', 'additive residual'),
+  (90, 'prepare', 'delta'),
+  (90, 'forward', 'additive residual'),
+  (90, 'forward', 'delta'),
+  (90, 'forward', 'additive'),
+  (90, 'sweep', 'delta'),
+  (90, 'sweep', 'additive'),
+  (80, 'prepare', 'delta residual'),
+  (80, 'forward', 'delta'),
+  (80, 'forward', 'additive'),
+]
+SPILLING = [
+  (90, 'forward', 'delta residual'),
+  (90, 'sweep', 'delta residual'),
+  (90, 'sweep', 'additive residual'),
+  (90, 'gradients', 'delta residual'),
+  (80, 'forward', 'delta residual'),
+]
+
+
+@pytest.mark.parametrize(('capability', 'name', 'rule'), BUILDS + SPILLING)
+def test_fits_the_card(capability, name, rule):
+  """Builds, fits shared memory, and uses the tensor cores' own instructions on Hopper."""
+  report = compiled(name, capability, *RULES[rule])
+  assert report.shared_bytes <= SHARED_LIMIT[capability]
+  if capability == 90 and name != 'prepare':
+    assert report.uses_wgmma
+
+
+@pytest.mark.parametrize(
+  ('capability', 'name', 'rule'), [*BUILDS, *(pytest.param(*x, marks=SPILLS) for x in SPILLING)]
+)
+def test_no_register_spills(capability, name, rule):
+  report = compiled(name, capability, *RULES[rule])
+  assert report.spill_bytes == 0, report.log
