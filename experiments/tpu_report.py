@@ -34,6 +34,7 @@ from absl import app, flags
 from tpu_schedule import bound, dump
 
 FLAGS = flags.FLAGS
+_SHOWN = ('--topologies', '--rules', '--sizes', '--dtypes', '--batch', '--time', '--heads')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIST = flags.DEFINE_list
 TOPOLOGIES = LIST('topologies', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'], 'as libtpu names them')
@@ -46,7 +47,8 @@ TIME = flags.DEFINE_integer('time', 512, 'tokens of a sequence')
 HEADS = flags.DEFINE_integer('heads', 8, 'heads')
 JOBS = flags.DEFINE_integer('jobs', 1, 'compilations at a time')
 SCHEDULE = flags.DEFINE_bool('schedule', True, 'read schedules; off: compile only, much faster')
-OUT = flags.DEFINE_string('out', str(ROOT / 'experiments/results/tpu'), 'folder of the results')
+RESULTS = ROOT / 'experiments/results/tpu_schedule'
+OUT = flags.DEFINE_string('out', str(RESULTS), 'folder of the results')
 
 
 def main(argv):
@@ -197,7 +199,8 @@ def _stamp():
   commit = subprocess.run(
     ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, text=True, capture_output=True
   ).stdout.strip()
-  arguments = [x for x in sys.argv[1:] if not x.startswith('--out')]
+  # Where the results went is nobody's business.
+  arguments = [x for x in FLAGS.flags_into_string().splitlines() if x.split('=')[0] in _SHOWN]
   return {
     'date': datetime.date.today().isoformat(),
     'commit': commit,

@@ -84,7 +84,6 @@ def _measures(compiled) -> dict:
     'temporary': memory.temp_size_in_bytes,
     'flops': cost.get('flops', 0.0),
     'bytes': cost.get('bytes accessed', 0.0),
-    'optimal_seconds': cost.get('optimal_seconds', 0.0),
   }
 
 

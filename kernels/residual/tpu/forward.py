@@ -10,8 +10,8 @@ of tokens.py, T_b and T_g from inverse.py (the identity for the additive update)
 
 Precision: float32 inputs multiply at full float32 precision throughout. bfloat16 inputs multiply in
 one bf16 pass; the states, the scalars, the residual, all sums and every elementwise operation are
-float32, and a state is rounded only as an operand. F is rounded before it becomes U or W, so that
-the backward pass, which reads it back, meets the same clip mask.
+float32, and a state is rounded only as an operand. F is saved as it was rounded for the products,
+and the backward pass repeats the operations up to V - P: it meets the same clip mask.
 """
 
 import functools
