@@ -51,10 +51,11 @@ def heuristic(
   *, delta: bool, residual: bool, key_dim: int, value_dim: int, dtype, heads: int, length: int
 ) -> Blocks:
   """Block sizes for a call of `heads` (batch times heads) sequences of `length` tokens."""
-  # A warp holds 16 value columns of a state whole, so tiles are as large as wgmma wants them, and
-  # smaller ones only where the states of float32 or K > 128 leave no registers.
-  large = jnp.dtype(dtype).itemsize == 4 or key_dim > 128
-  tile = 16 if large else max(16, min(64, 1 << (value_dim - 1).bit_length()))
+  # A warp holds 16 value columns of a state whole, so smaller tiles save no registers: 64 columns
+  # are what wgmma wants. It cannot serve float32.
+  wide = jnp.dtype(dtype).itemsize == 4
+  large = wide or key_dim > 128
+  tile = 16 if wide else max(16, min(64, 1 << (value_dim - 1).bit_length()))
   loop = Kernel(tile, tile // 16, 2)
   sweep = loop
   if residual and not large and value_dim > 64 and heads >= 132:
