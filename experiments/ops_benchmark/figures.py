@@ -1,10 +1,10 @@
-"""Figures of the speed suite: time a token against length, and memory against length."""
+"""Figures of the speed suite: time and memory a token, against length."""
 
 import pathlib
 
 
 def draw(rows: list[dict], folder: pathlib.Path, hardware: str) -> None:
-  """Writes one PNG a head size and direction: time a token and peak memory against length."""
+  """Writes one PNG a head size and direction: time and peak memory a token, against length."""
   import matplotlib
 
   matplotlib.use('agg')
@@ -23,18 +23,22 @@ def draw(rows: list[dict], folder: pathlib.Path, hardware: str) -> None:
         r for r in chosen if (r['operation'], r['implementation']) == (operation, implementation)
       ]
       line.sort(key=lambda r: r['length'])
+      passes = ', two passes' if implementation == 'fla' and operation in ('rdn', 'rla') else ''
       style = {
         'color': f'C{operations.index(operation)}', 'linestyle': styles[implementation],
-        'marker': 'o', 'markersize': 3, 'label': f'{operation} {implementation}',
+        'marker': 'o', 'markersize': 3, 'label': f'{operation} {implementation}{passes}',
       }  # fmt: skip
       lengths = [r['length'] for r in line]
       axes[0].loglog(lengths, [r['microseconds_per_token'] for r in line], **style)
-      axes[1].loglog(lengths, [r['peak_bytes'] / 2**30 for r in line], **style)
+      tokens = [r['batch'] * r['length'] for r in line]
+      memory = [r['peak_bytes'] / 2**10 / n for r, n in zip(line, tokens, strict=True)]
+      axes[1].semilogx(lengths, memory, **style)
     axes[0].set_ylabel('microseconds a token')
-    axes[1].set_ylabel('peak memory, GiB')
+    axes[1].set_ylabel('peak memory, KiB a token')
     for axis in axes:
       axis.set_xlabel('tokens of a sequence')
       axis.grid(alpha=0.3)
+    axes[1].set_ylim(bottom=0)
     axes[0].legend(fontsize=7)
     figure.suptitle(f'{direction}, head size {size}, {hardware}', fontsize=10)
     figure.savefig(folder / f'speed_{direction}_{size}.png', dpi=130)
