@@ -1,7 +1,7 @@
 """Text to batches: sources, tokenizers, held-out split, packing, and the order of training.
 
     config = data.DataConfig(path="my_text/*.jsonl.xz", seq_len=1024, batch_size=32)
-    corpus = data.Corpus.load(config)            # reads, splits and tokenises; verifies a cache
+    corpus = data.load(config)                   # reads, splits and tokenises; verifies a cache
     for batch in data.train_batches(config, corpus, start_step=step):
       ...                                        # endless; a function of (seed, step) alone
     held_out = data.evaluation_batches(config, corpus)
@@ -17,16 +17,19 @@ The position in the data is the step. A checkpoint stores it with `fingerprint(c
 `check_fingerprint(saved, current)` refuses to go on with other data and says what differs.
 """
 
-from rla_jax.data.batches import (
-  EvaluationBatches,
-  evaluation_batches,
-  steps_per_epoch,
-  train_batches,
-)
+from rla_jax.data.batches import EvaluationBatches
 from rla_jax.data.config import DataConfig
 from rla_jax.data.corpus import Corpus, TokenSet, load_documents
-from rla_jax.data.fingerprint import check_fingerprint, fingerprint
+from rla_jax.data.fingerprint import check_fingerprint
 from rla_jax.data.packing import Batch
+from rla_jax.data.pipeline import (
+  evaluation_batches,
+  fingerprint,
+  load,
+  steps_per_epoch,
+  tokenizer_of,
+  train_batches,
+)
 from rla_jax.data.sources import DataError, Document
 from rla_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,8 +45,10 @@ __all__ = [
   'check_fingerprint',
   'evaluation_batches',
   'fingerprint',
+  'load',
   'load_documents',
   'load_tokenizer',
   'steps_per_epoch',
+  'tokenizer_of',
   'train_batches',
 ]

@@ -33,8 +33,8 @@ class Evaluation:
 
   @property
   def bits_per_byte(self) -> float:
-    """Bits a byte of text; unlike the loss it does not depend on the tokenizer."""
-    return self.nats / math.log(2) / self.bytes
+    """Bits a byte of text, whatever the tokenizer; NaN where there is no text."""
+    return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
   def __str__(self):
     return (

@@ -60,7 +60,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> Outcom
   data_config = check(config)
   mesh = make_mesh(config)
   with workdirs.claimed(workdir, config) as root, StopRequest() as stop, jax.set_mesh(mesh):
-    corpus = data.Corpus.load(data_config)
+    corpus = data.load(data_config)
     fingerprint = data.fingerprint(data_config, corpus)
     model = LanguageModel(model_config(config, corpus.tokenizer.vocab_size))
     optimizer = make_optimizer(config)

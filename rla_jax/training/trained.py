@@ -53,7 +53,7 @@ def load(workdir: str | os.PathLike, mesh: Mesh) -> TrainedModel:
   """
   root = pathlib.Path(workdir).expanduser().absolute()
   config = read_config(root)
-  tokenizer = data.load_tokenizer(config.data.tokenizer)
+  tokenizer = data.tokenizer_of(check(config))
   model = LanguageModel(model_config(config, tokenizer.vocab_size))
 
   def init(key):
@@ -94,7 +94,7 @@ def evaluate_run(
     data_config = check(trained.config)
     if path is not None:
       data_config = dataclasses.replace(data_config, validation_path=path)
-    corpus = data.Corpus.load(data_config)
+    corpus = data.load(data_config)
     places = mesh.shape['data']
     rows = -(-data_config.batch_size // trained.config.accumulate // places) * places
     batches = data.evaluation_batches(
