@@ -206,7 +206,7 @@ CASES = [
   Case('length_64', {'T': 64}),
   Case('length_500', {'T': 500, 'B': 1}),
   Case('length_1000', {'T': 1000, 'B': 1}),
-  Case('odd_sizes', {'B': 1, 'T': 37, 'G': 1, 'H': 3, 'K': 5, 'V': 7}),
+  Case('odd_sizes', {'B': 1, 'T': 37, 'G': 2, 'H': 6, 'K': 5, 'V': 7}),
   Case('wide_keys', {'B': 1, 'T': 70, 'G': 1, 'H': 2, 'K': 16, 'V': 4}),
   Case('strong_decay', {}, _log_decay(_strong)),
   Case('decay_e-5', {}, _log_decay(lambda rng, shape: np.full(shape, -5.0))),
@@ -243,6 +243,11 @@ CASES = [
   Case('base_model_channel', {}, _chain(_base_model, _channel(_strong))),
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
+# Compiled for themselves, and each near to a case or a test that always runs.
+SLOW = {
+  'length_64', 'length_500', 'wide_keys', 'few_tokens_strong_decay', 'clip_off', 'grouped_heads',
+  'all_defaults', 'base_model_segments',
+}  # fmt: skip
 LOW_PRECISION = [
   BY_NAME[name]
   for name in (
@@ -250,3 +255,4 @@ LOW_PRECISION = [
     'channel_decay', 'base_model',
   )
 ]  # fmt: skip
+SLOW_LOW_PRECISION = {'segments', 'base_model'}

@@ -10,6 +10,12 @@ from tests import oracle
 from tests.ops import cases, harness
 
 TOKENS = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')
+def _each(chosen: list[cases.Case], slow: set[str]):
+  marks = {True: pytest.mark.slow, False: ()}
+  parameters = [pytest.param(c, marks=marks[c.name in slow], id=c.name) for c in chosen]
+  return pytest.mark.parametrize('case', parameters)
+
+
 updates = pytest.mark.parametrize('update', cases.UPDATES)
 
 
@@ -19,7 +25,7 @@ class OperatorSuite:
   implementation: str
 
   @updates
-  @pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+  @_each(cases.CASES, cases.SLOW)
   def test_float32(self, case, update):
     call = case.call(update)
     cotangents = cases.cotangents(call)
@@ -27,7 +33,7 @@ class OperatorSuite:
     harness.assert_within(got, harness.expected(call, cotangents), harness.BARS['float32'])
 
   @updates
-  @pytest.mark.parametrize('case', cases.LOW_PRECISION, ids=lambda case: case.name)
+  @_each(cases.LOW_PRECISION, cases.SLOW_LOW_PRECISION)
   def test_bfloat16(self, case, update):
     call = case.call(update, 'bfloat16')
     cotangents = cases.cotangents(call)
@@ -122,7 +128,9 @@ class OperatorSuite:
     assert (inside != (got['dv'] != 0)).mean() < 2e-3
 
   @updates
-  @pytest.mark.parametrize('name', ['typical', 'channel_grouped_segments_sum'])
+  @pytest.mark.parametrize(
+    'name', ['typical', pytest.param('channel_grouped_segments_sum', marks=pytest.mark.slow)]
+  )
   def test_double_precision(self, update, name):
     call = cases.BY_NAME[name].call(update)
     call = call.replace(**{n: x.astype(np.float64) for n, x in call.arrays().items()})
