@@ -20,6 +20,7 @@ TRAIN = [
 # jax-triton 0.4.1 does not lower under jit on jax 0.12.
 CUDA = ['jax[cuda13]<0.12', 'jax-triton>=0.3.1,<0.4', 'triton>=3.6']
 TEST = [
+  'flatbuffers>=24',
   'hypothesis>=6.100',
   'jax[tpu]',
   'jax-triton>=0.3.1',
