@@ -143,7 +143,7 @@ def heuristic(chunk_size: int | None, interpret) -> Blocks:
 
   Chunks of 64: counted in rows that pass a matrix unit of 128, the products of the delta rule come
   to 14 a token at 64 as at 128, while the triangular systems are half as large. Generations differ
-  in vector memory, which decides how many heads a grid step takes: a v4 core has an eighth of v5e's.
+  in vector memory, which decides the heads of a grid step: a v4 core has an eighth of v5e's.
 
   Raises:
     ValueError: `chunk_size` is none that the kernels have.
