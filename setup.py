@@ -48,7 +48,7 @@ setup(
     'train': TRAIN,
     'cuda': CUDA,
     'tpu': ['jax[tpu]'],
-    'eval': ['lm_eval>=0.4.13'],
+    'eval': [*TRAIN, 'lm_eval>=0.4.13'],
     'test': TRAIN + TEST,
   },
 )
