@@ -168,7 +168,9 @@ def _exclusive(
     state = initial
     for i in range(count - 1):
       one = jax.tree.map(lambda x, i=i: x[i], gathered)
-      state = jnp.where(i < index, _advance(one, state), state)
+      # Zeros where the result is dropped: a NaN state would give the later shards' maps a gradient.
+      after = _advance(one, jnp.where(i < index, state, 0))
+      state = jnp.where(i < index, after, state)
     return state
   distance = 1
   while distance < count:

@@ -15,10 +15,9 @@ from rla_jax.training import CheckpointError
 from rla_jax.training.checkpoints import Checkpoints
 from rla_jax.training.state import TrainState
 
-# When one array cannot be read, Orbax drops the coroutines that read the others, unfinished.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore:Exception ignored in.*coroutine object:pytest.PytestUnraisableExceptionWarning'
-)
+# When one array cannot be read, Orbax drops the coroutines that read the others unfinished, and
+# TensorStore may report to an event loop that is closed by then.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 FINGERPRINT = {'digest': 'abc'}
 
 
