@@ -1,6 +1,7 @@
 """Flax Linen layers: the two of the paper, their baselines, and what they are made of."""
 
 from rla_jax.layers.attention import Attention, SlidingWindowAttention
+from rla_jax.layers.base_conv import BaseConv, Identity
 from rla_jax.layers.baselines import (
   GLA,
   DeltaNet,
@@ -12,7 +13,7 @@ from rla_jax.layers.baselines import (
   TwoStateDeltaNet,
 )
 from rla_jax.layers.cache import AttentionCache, RecurrentCache
-from rla_jax.layers.norms import RMSNorm
+from rla_jax.layers.norms import LayerNorm, RMSNorm
 from rla_jax.layers.registry import LAYERS, make
 from rla_jax.layers.residual import RecurrentLayer, ResidualDeltaNet, ResidualLinearAttention
 from rla_jax.layers.settings import Settings
@@ -20,11 +21,14 @@ from rla_jax.layers.settings import Settings
 __all__ = [
   'Attention',
   'AttentionCache',
+  'BaseConv',
   'DeltaNet',
   'GLA',
   'GatedDeltaNet',
+  'Identity',
   'KimiDeltaAttention',
   'LAYERS',
+  'LayerNorm',
   'Mamba2',
   'RMSNorm',
   'RecurrentCache',

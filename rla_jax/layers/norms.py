@@ -1,4 +1,7 @@
-"""Normalisation: L2 for queries and keys, RMS for activations. Computed in float32 or better."""
+"""Normalisation: L2 for queries and keys, RMS or variance for activations.
+
+Computed in float32 or better.
+"""
 
 import flax.linen as nn
 import jax
@@ -65,3 +68,28 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
     scale_D = self.param('scale', nn.initializers.ones, (x.shape[-1],), self.param_dtype)
     return rms_norm(x, scale_D, self.eps).astype(self.dtype or x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """scale (x - mean x) / sqrt(var x + eps) + bias, both learned [D].
+
+  Attributes:
+    eps: added to the variance.
+    param_dtype: dtype of scale and bias.
+
+  Reference:
+    Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
+  """
+
+  eps: float = 1e-6
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
+    dtype, shape = at_least_float32(x.dtype), (1,) * (x.ndim - 1) + (-1,)
+    scale_D = self.param('scale', nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+    bias_D = self.param('bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+    centred = x.astype(dtype) - jnp.mean(x.astype(dtype), axis=-1, keepdims=True)
+    unit = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.eps)
+    y = unit * scale_D.astype(dtype).reshape(shape) + bias_D.astype(dtype).reshape(shape)
+    return y.astype(x.dtype)

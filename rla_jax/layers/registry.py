@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from rla_jax.layers import attention, baselines, residual
+from rla_jax.layers import attention, base_conv, baselines, residual
 from rla_jax.layers.settings import check_keys
 
 LAYERS = {
@@ -19,6 +19,8 @@ LAYERS = {
   'two_state': baselines.TwoStateDeltaNet,
   'attention': attention.Attention,
   'sliding_window_attention': attention.SlidingWindowAttention,
+  'base_conv': base_conv.BaseConv,
+  'identity': base_conv.Identity,
 }
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from rla_jax.layers import registry
-from rla_jax.layers.norms import RMSNorm
+from rla_jax.layers.norms import LayerNorm, RMSNorm
 from rla_jax.models.config import ModelConfig
 from rla_jax.shapes import Array, Float
 
@@ -52,17 +52,14 @@ class Block(nn.Module):
     c = self.config
     mixer = make_mixer(c, self.layer, name='mixer')
 
-    def norm(name):
-      return RMSNorm(eps=c.norm_eps, param_dtype=c.param_dtype, name=name)
-
-    h_BTD = norm('mixer_norm')(x)
+    h_BTD = make_norm(c, 'mixer_norm')(x)
     if cache is None:
       h_BTD = mixer(h_BTD, segment_ids)
     else:
       h_BTD, cache = mixer(h_BTD, segment_ids, cache)
     x = x + h_BTD
     if c.ffn_dim is not None:
-      x = x + SwiGLU(c, name='ffn')(norm('ffn_norm')(x))
+      x = x + SwiGLU(c, name='ffn')(make_norm(c, 'ffn_norm')(x))
     return x, cache
 
 
@@ -87,8 +84,15 @@ class Group(nn.Module):
 
 def make_mixer(config: ModelConfig, layer: str, name: str | None = None) -> nn.Module:
   """The mixer of a block, a layer of the registry with the model's settings."""
-  return registry.make(
-    layer, module_name=name, **config.attributes_of(layer),
-    **{'dtype': jnp.dtype(config.dtype), 'param_dtype': jnp.dtype(config.param_dtype)},
-    kernel_init=nn.initializers.normal(config.init_std),
-  )  # fmt: skip
+  common = {
+    'dtype': jnp.dtype(config.dtype),
+    'param_dtype': jnp.dtype(config.param_dtype),
+    'kernel_init': nn.initializers.normal(config.init_std),
+  }
+  return registry.make(layer, module_name=name, **(common | config.attributes_of(layer)))
+
+
+def make_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
+  """A norm of the residual stream."""
+  kind = {'rms': RMSNorm, 'layer': LayerNorm}[config.norm]
+  return kind(eps=config.norm_eps, param_dtype=config.param_dtype, name=name)

@@ -33,7 +33,9 @@ class ModelConfig:
 
   tie_embeddings: bool = False  # the output head is the embedding's transpose
   init_std: float = 0.02  # of embedding and projections, normally distributed (paper: 0.006)
-  norm_eps: float = 1e-6  # of all RMS norms
+  norm: Literal['rms', 'layer'] = 'rms'  # before mixers and feed-forwards, and at the end
+  norm_eps: float = 1e-6  # of all norms
+  embedding_dropout: float = 0.0  # share of the embedding's numbers that training sets to zero
   dtype: str = 'bfloat16'  # of activations and products; logits, norms, gates, states: float32
   param_dtype: str = 'float32'  # of the parameters
 
@@ -71,6 +73,7 @@ class ModelConfig:
     common = {
       'num_heads': self.num_heads,
       'head_dim': self.head_dim,
+      'model_dim': self.model_dim,
       'norm_eps': self.norm_eps,
       'chunk_size': self.chunk_size,
       'implementation': self.implementation,
@@ -103,6 +106,8 @@ def _check(c: ModelConfig) -> None:
   for name in ('init_std', 'norm_eps'):
     if not getattr(c, name) > 0:
       raise ValueError(f'{name} is {getattr(c, name)}; expected a number > 0')
+  if not 0 <= c.embedding_dropout < 1:
+    raise ValueError(f'embedding_dropout is {c.embedding_dropout}; expected 0 <= p < 1')
   check_keys(c.layer_options, c.pattern, 'layer_options: the pattern')
   for layer in c.pattern:
     registry.make(layer, **c.attributes_of(layer))

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rla_jax.layers.norms import RMSNorm, at_least_float32
-from rla_jax.models.blocks import Group, make_mixer
+from rla_jax.layers.norms import at_least_float32
+from rla_jax.models.blocks import Group, make_mixer, make_norm
 from rla_jax.models.config import ModelConfig
 from rla_jax.models.loss import TokenScores, score, score_chunked
 from rla_jax.models.remat import policy
@@ -33,14 +33,14 @@ class LanguageModel(nn.Module):
     self.embedding = self.param('embedding', init, shape, c.param_dtype)
     if not c.tie_embeddings:
       self.head = self.param('head', init, shape[::-1], c.param_dtype)
-    self.final_norm = RMSNorm(eps=c.norm_eps, param_dtype=c.param_dtype)
+    self.final_norm = make_norm(c)
     group = Group
     if c.remat != 'none':
       # Inside a scan nothing can be merged with the forward pass, so no barriers are needed.
       group = nn.remat(group, policy=policy(c.remat), prevent_cse=False)
     self.blocks = nn.scan(
       group,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, 'intermediates': 0},
       split_rngs={'params': True},
       in_axes=(nn.broadcast, 0),
       length=c.num_layers // len(c.pattern),
@@ -79,6 +79,7 @@ class LanguageModel(nn.Module):
     targets: Tokens,
     mask: Float[Array, 'B T'] | None = None,
     segment_ids: Segments | None = None,
+    keys: Array | None = None,
   ) -> tuple[Float[Array, ''], Float[Array, '']]:
     """Sum of the masked -ln p(target) and the sum of the mask.
 
@@ -89,11 +90,12 @@ class LanguageModel(nn.Module):
       targets: the token after each of them [B, T].
       mask: weight of each target [B, T]; None: 1.
       segment_ids: documents [B, T].
+      keys: a random key a sequence [B], for dropout; None: no dropout.
 
     Returns:
       (sum of losses in nats, sum of weights), float32.
     """
-    nll_BT = self.score(tokens, targets, segment_ids).nll
+    nll_BT = self.score(tokens, targets, segment_ids, keys=keys).nll
     if mask is None:
       return nll_BT.sum(), jnp.asarray(nll_BT.size, nll_BT.dtype)
     mask_BT = mask.astype(nll_BT.dtype)
@@ -106,18 +108,40 @@ class LanguageModel(nn.Module):
     targets: Tokens,
     segment_ids: Segments | None = None,
     cache: tuple | None = None,
+    keys: Array | None = None,
   ) -> TokenScores | tuple[TokenScores, tuple]:
     """-ln p(target) and whether the target is the most probable token, at every position.
 
     Holds the logits of `config.loss_chunk` positions at a time. Arguments as for `loss`; with a
     cache, returns (scores, the cache after the last token).
     """
-    x_BTD, new_cache = self._trunk(tokens, segment_ids, cache)
+    x_BTD, new_cache = self._trunk(tokens, segment_ids, cache, keys)
     if self.config.loss_chunk is None:
       scores = score(self._logits(x_BTD), targets)
     else:
       scores = score_chunked(self._logits, x_BTD, targets, self.config.loss_chunk)
     return scores if cache is None else (scores, new_cache)
+
+  def score_at(
+    self,
+    tokens: Tokens,
+    positions: Int[Array, 'B N'],
+    targets: Int[Array, 'B N'],
+    segment_ids: Segments | None = None,
+    keys: Array | None = None,
+  ) -> TokenScores:
+    """`score` at N positions of every sequence only, without the logits of the others.
+
+    Args:
+      tokens: inputs [B, T].
+      positions: indices into T.
+      targets: the token that follows at each of them.
+      segment_ids: documents [B, T].
+      keys: as for `loss`.
+    """
+    x_BTD, _ = self._trunk(tokens, segment_ids, None, keys)
+    x_BND = jnp.take_along_axis(x_BTD, positions[..., None], axis=1)
+    return score(self._logits(x_BND), targets)
 
   @nn.nowrap
   def init_cache(self, batch_size: int, max_length: int | None = None) -> tuple:
@@ -139,9 +163,14 @@ class LanguageModel(nn.Module):
     caches = (make_mixer(c, layer).init_cache(batch_size, max_length) for layer in c.pattern)
     return tuple(jax.tree.map(stack, cache) for cache in caches)
 
-  def _trunk(self, tokens, segment_ids, cache):
+  def _trunk(self, tokens, segment_ids, cache, keys=None):
     dtype = jnp.dtype(self.config.dtype)
     x_BTD = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+    if keys is not None and self.config.embedding_dropout > 0:
+      # A key a row: what is dropped depends neither on the mesh nor on the parts of a batch.
+      kept = 1.0 - self.config.embedding_dropout
+      kept_BTD = jax.vmap(lambda key: jax.random.bernoulli(key, kept, x_BTD.shape[1:]))(keys)
+      x_BTD = jnp.where(kept_BTD, x_BTD / kept, 0).astype(dtype)
     x_BTD, cache = self.blocks(x_BTD, segment_ids, cache)
     return self.final_norm(x_BTD), cache
 

@@ -75,10 +75,10 @@ def evaluate(
 
 
 def loss_sums(model: LanguageModel, params, batch: dict[str, jax.Array]) -> LossSums:
-  """Summed loss in nats over a batch's targets, and their number."""
+  """Summed loss in nats over a batch's targets, and their number; dropout if it has keys."""
   return model.apply(
     {'params': params}, batch['tokens'], batch['targets'], mask=batch['loss_mask'],
-    segment_ids=batch['segment_ids'], method='loss',
+    segment_ids=batch['segment_ids'], keys=batch.get('keys'), method='loss',
   )  # fmt: skip
 
 

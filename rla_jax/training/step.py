@@ -39,6 +39,10 @@ def train_step(
     The state after, and scalars: loss (mean, in nats a token), grad_norm (before clipping),
     learning_rate, tokens (targets of the batch), bad_steps.
   """
+  if config.model.embedding_dropout > 0:
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    batch = {**batch, 'keys': jax.random.split(key, rows)}
   (nll, count), gradient = summed_gradient(loss_sums, state.params, batch, config.accumulate)
   count = jnp.maximum(count, 1)
   gradient = jax.tree.map(lambda g: g / count, gradient)

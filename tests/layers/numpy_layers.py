@@ -189,4 +189,8 @@ def layer(name, p, x, heads, groups, window=None):
     return attention(p, x, heads, groups)
   if name == 'sliding_window_attention':
     return attention(p, x, heads, groups, window)
+  if name == 'base_conv':
+    return x + (conv(x, p['x_conv']) + p['x_bias']) * (x @ p['gate_proj'] + p['gate_bias'])
+  if name == 'identity':
+    return x
   return {'sgla': sgla, 'retnet': retnet, 'gla': gla, 'mamba2': mamba2}[name](p, x, heads, groups)

@@ -16,7 +16,7 @@ def test_equals_the_equations(name):
   layer = helpers.make(name)
   params, x = helpers.init(layer), helpers.inputs(batch=1)
   # Vectors away from their initial ones and zeros, so that each of them matters.
-  for leaf in ('norm_scale', 'skip_scale', 'dt_bias'):
+  for leaf in ('norm_scale', 'skip_scale', 'dt_bias', 'gate_bias', 'x_bias'):
     if leaf in params:
       shift = jax.random.normal(jax.random.key(5), params[leaf].shape)
       params[leaf] = params[leaf] + 0.5 * shift

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rla_jax.layers.norms import RMSNorm, l2_norm, rms_norm
+from rla_jax.layers.norms import LayerNorm, RMSNorm, l2_norm, rms_norm
 from rla_jax.layers.rope import rotate
 from tests.layers import helpers
 
@@ -39,3 +39,12 @@ def test_rotation_depends_on_distance_alone():
   np.testing.assert_array_equal(rotate(q, jnp.zeros(5, jnp.int32)), q)
   with pytest.raises(ValueError, match='expected an even number'):
     rotate(q[..., :7], near)
+
+
+def test_layer_norm_equals_numpy_and_returns_its_input_dtype():
+  x = helpers.inputs().astype(jnp.bfloat16)
+  scale, bias = jnp.linspace(0.5, 2, helpers.WIDTH), jnp.linspace(-1, 1, helpers.WIDTH)
+  x64 = np.asarray(x, np.float64)
+  want = np.asarray(scale) * (x64 - x64.mean(-1, keepdims=True)) / x64.std(-1, keepdims=True)
+  y = LayerNorm().apply({'params': {'scale': scale, 'bias': bias}}, x)
+  assert y.dtype == jnp.bfloat16 and helpers.error(y, want + np.asarray(bias)) < 5e-3

@@ -22,6 +22,8 @@ BAD = [
   ({'dtype': 'int32'}, "dtype is 'int32'; expected a floating dtype"),
   ({'dtype': 'bf16'}, "dtype is 'bf16'; expected a floating dtype"),
   ({'init_std': 0.0}, 'init_std is 0.0; expected a number > 0'),
+  ({'embedding_dropout': 1.0}, 'embedding_dropout is 1.0; expected 0 <= p < 1'),
+  ({'norm': 'batch'}, "norm is 'batch'; expected one of ['rms', 'layer']"),
 ]
 
 

@@ -171,3 +171,37 @@ def test_tied_half_precision_model_has_float32_logits():
   model = LanguageModel(config(tie_embeddings=True, dtype='bfloat16', num_layers=2))
   logits, _ = jax.jit(model.init_with_output)(jax.random.key(0), tokens())
   assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
+
+
+def test_scores_at_positions_are_those_of_the_whole():
+  c = config(norm='layer', pattern=('base_conv', 'identity'), num_layers=2, num_heads=1)
+  model, positions = LanguageModel(c), jnp.asarray([[3, 7, 7], [0, 11, 2]])
+  variables = jax.jit(model.init)(jax.random.key(0), tokens())
+  targets = jnp.take_along_axis(tokens(1), positions, axis=1)
+  some, every = jax.jit(
+    lambda v: (
+      model.apply(v, tokens(), positions, targets, IDS, method='score_at'),
+      model.apply(v, tokens(), tokens(1), IDS, method='score'),
+    )
+  )(variables)
+  nll, right = (jnp.take_along_axis(x, positions, axis=1) for x in every)
+  assert error(some.nll, nll) < 1e-6
+  np.testing.assert_array_equal(some.correct, right)
+
+
+def test_dropout_is_a_row_s_own_and_absent_without_keys():
+  model = LanguageModel(config(embedding_dropout=0.5))
+  variables = jax.jit(model.init)(jax.random.key(0), tokens())
+  keys = jax.random.split(jax.random.key(1), 2)
+
+  @jax.jit
+  def losses(keys):
+    scores = model.apply(variables, tokens(), tokens(1), keys=keys, method='score')
+    return scores.nll
+
+  dropped, without = losses(keys), losses(None)
+  assert error(dropped, without) > 1e-2
+  np.testing.assert_array_equal(losses(keys), dropped)
+  swapped = losses(keys.at[1].set(jax.random.key(2)))
+  np.testing.assert_array_equal(swapped[0], dropped[0])
+  assert (swapped[1] != dropped[1]).any()
