@@ -5,6 +5,8 @@ differences of one cumulative sum are not used as they are: a decay that underfl
 reset, and each log is split into a coarse part, whose sums are exact, and a small rest.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +19,9 @@ _STEPS = 8
 
 def pair_decay(log_decay_C: Float[Array, '*batch C']) -> Float[Array, '*batch C C']:
   """exp(sum of log_decay over j < l <= i) at [i, j] for i >= j (1 on the diagonal), else 0."""
-  count, coarse, fine = _split_sums(log_decay_C)
-
-  def difference(x):
-    return x[..., :, None] - x[..., None, :]
-
-  below = jnp.tril(difference(count) == 0, -1)
-  exponent = jnp.where(below, difference(coarse) + difference(fine), 0)
-  diagonal = jnp.eye(log_decay_C.shape[-1], dtype=exponent.dtype)
-  return jnp.where(below, jnp.exp(exponent), jnp.broadcast_to(diagonal, exponent.shape))
+  sums = [x[..., :, None] - x[..., None, :] for x in _split_sums(log_decay_C)]
+  lower = np.tri(log_decay_C.shape[-1], dtype=bool)
+  return jnp.exp(jnp.where(lower, sum(sums), -jnp.inf))
 
 
 def enter_decay(log_decay_C: Float[Array, '*batch C']) -> Float[Array, '*batch C']:
@@ -57,10 +53,11 @@ def _bounded(log_decay: Array) -> Array:
   return jnp.where(log_decay < floor, 2 * floor, log_decay)
 
 
-def _split_sums(log_decay_C: Array) -> tuple[Array, Array, Array]:
-  """Cumulative count of resets, and of the coarse and fine parts of the other logs."""
-  reset = log_decay_C < _floor(log_decay_C.dtype)
-  finite = jnp.where(reset, 0, log_decay_C)
-  coarse = jax.lax.stop_gradient(jnp.round(finite * _STEPS) / _STEPS)
-  parts = (reset.astype(jnp.int32), coarse, finite - coarse)
-  return tuple(jnp.cumsum(x, axis=-1) for x in parts)
+def _split_sums(log_decay_C: Array) -> tuple[Array, Array]:
+  """Cumulative sums of the coarse and fine parts; a reset's coarse part makes any sum underflow."""
+  floor = _floor(log_decay_C.dtype)
+  reset = log_decay_C < floor
+  coarse = jnp.where(reset, math.floor(2 * floor), jnp.round(log_decay_C * _STEPS) / _STEPS)
+  coarse = jax.lax.stop_gradient(coarse)
+  fine = jnp.where(reset, 0, log_decay_C - coarse)
+  return jnp.cumsum(coarse, axis=-1), jnp.cumsum(fine, axis=-1)
