@@ -7,7 +7,15 @@
 Without --path: the documents that the run held out. Without --suite: long documents are cut into
 the run's sequences, each predicted from its own tokens only; prints one line of JSON. With --suite:
 whole documents, the state carried; prints a table beside published numbers, and leaves it in
---output with JSON, CSV and figures.
+--output with JSON, CSV and figures. docs/evaluation.md describes the suites and the sets they read:
+
+  perplexity       loss on any text, WikiText-2, LAMBADA
+  commonsense      multiple choice, through the language model evaluation harness
+  recall           answers out of a document, likewise
+  needle           a needle in a haystack, by length and depth
+  mqar             associative recall: of a checkpoint that was trained on it
+  state_tracking   parity, modular arithmetic, permutations: likewise
+  throughput       tokens a second and memory against length
 """
 
 import json
@@ -15,6 +23,7 @@ import pathlib
 
 from absl import flags
 
+from rla_jax.data import DataError
 from rla_jax.evaluation import Settings, run_suites
 from rla_jax.training.command_line import run
 from rla_jax.training.trained import evaluate_run
@@ -41,6 +50,8 @@ _BATCH_TOKENS = flags.DEFINE_integer('batch_tokens', 16384, 'Tokens of a batch.'
 _BATCH_SIZE = flags.DEFINE_integer(
   'batch_size', 16, 'Prompts that are continued at a time.', lower_bound=1
 )
+_LENGTHS = flags.DEFINE_list('lengths', None, 'Tokens, in needle and throughput; default: theirs.')
+_MIXERS = flags.DEFINE_list('mixers', None, 'Layers that throughput compares; default: the run\'s.')
 _LIMIT = flags.DEFINE_integer(
   'limit', None, 'First samples or documents of each task; default: all.', lower_bound=1
 )
@@ -68,13 +79,26 @@ def suites() -> int:
   settings = Settings(
     data_dir=_DATA_DIR.value, path=_PATH.value, window=_WINDOW.value, stride=_STRIDE.value,
     chunk=_CHUNK.value, batch_tokens=_BATCH_TOKENS.value, batch_size=_BATCH_SIZE.value,
-    limit=_LIMIT.value,
+    limit=_LIMIT.value, lengths=lengths(), mixers=_MIXERS.value and tuple(_MIXERS.value),
   )  # fmt: skip
   _, skipped = run_suites(_WORKDIR.value, _SUITE.value, output, settings)
   print((output / 'results.md').read_text())
   for task, reason in skipped.items():
     print(f'skipped {task}: {reason}')
   return 0
+
+
+def lengths() -> tuple[int, ...] | None:
+  """The flag as numbers.
+
+  Raises:
+    DataError: they are none.
+  """
+  if _LENGTHS.value is None:
+    return None
+  if not all(text.isdigit() and int(text) for text in _LENGTHS.value):
+    raise DataError(f'--lengths={",".join(_LENGTHS.value)}; expected numbers of tokens')
+  return tuple(map(int, _LENGTHS.value))
 
 
 if __name__ == '__main__':

@@ -20,8 +20,9 @@ What the suites are made of works on any `LanguageModel` with parameters:
 from rla_jax.evaluation.likelihood import Likelihood, encode_pair, log_likelihoods
 from rla_jax.evaluation.perplexity import PositionLoss, Text, TextLoss, text_loss
 from rla_jax.evaluation.results import Result
+from rla_jax.evaluation.run import Settings
 from rla_jax.evaluation.scorer import Scorer, Scores
-from rla_jax.evaluation.suites import SUITES, Settings, run_suites
+from rla_jax.evaluation.suites import SUITES, run_suites
 
 __all__ = [
   'Likelihood',

@@ -178,6 +178,21 @@ def go_offline() -> None:
   os.environ.setdefault('HF_DATASETS_OFFLINE', '1')
 
 
+def stay_in_one_process() -> None:
+  """Keeps the harness from forking to format its table: with JAX running, a fork may never end."""
+  from dataproperty import DataPropertyExtractor as Extractor
+
+  convert = Extractor.to_dp_matrix
+  if convert.__name__ == 'in_this_process':
+    return
+
+  def in_this_process(extractor, matrix):
+    extractor.max_workers = 1
+    return convert(extractor, matrix)
+
+  Extractor.to_dp_matrix = in_this_process
+
+
 def _results(found: dict, suite: str, task: str) -> list[Result]:
   samples = found['n-samples'][task]['effective']
   numbers = found['results'][task]

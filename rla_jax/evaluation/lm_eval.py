@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   from rla_jax.training.errors import TrainingError
 
   harness.go_offline()
+  harness.stay_in_one_process()
   if ours.workdir is not None:
     rest += ['--model', 'rla_jax', '--model_args', f'workdir={ours.workdir}']
   with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -13,9 +14,20 @@ import jax
 
 from rla_jax import data, sharding
 from rla_jax.data import DataError, sources
-from rla_jax.evaluation import figures, lambada, records, results, wikitext
+from rla_jax.data.synthetic.needle import NEEDLES
+from rla_jax.evaluation import (
+  figures,
+  lambada,
+  needle,
+  records,
+  results,
+  synthetic,
+  throughput,
+  wikitext,
+)
 from rla_jax.evaluation.perplexity import Text, TextLoss, text_loss
 from rla_jax.evaluation.results import Result
+from rla_jax.evaluation.run import Run, Settings, Skipped
 from rla_jax.evaluation.scorer import Scorer
 from rla_jax.training.config import check
 from rla_jax.training.trained import TrainedModel, load
@@ -28,46 +40,11 @@ SUITES = {
     'social_iqa', 'commonsense_qa',
   ),
   'recall': ('drop', 'squad', 'nq', 'triviaqa', 'fda', 'swde'),
+  'needle': tuple(NEEDLES),
+  'mqar': ('mqar', 'mqar_reassigned'),
+  'state_tracking': ('parity', 'modular_arithmetic', 'permutations'),
+  'throughput': ('throughput',),
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How to evaluate.
-
-  Attributes:
-    data_dir: folder of the evaluation sets, as `records` describes it; None: there are none.
-    path: file, folder or glob of the text for `text`; None: what the run held out.
-    window: tokens that the model sees at a time in `text` and `wikitext`; None: whole documents.
-    stride: tokens between windows; None: window.
-    chunk: tokens of one call of the model; longer texts carry the state.
-    batch_tokens: tokens of a batch.
-    batch_size: prompts that are continued at a time.
-    limit: first samples or documents of each task; None: all.
-  """
-
-  data_dir: str | None = None
-  path: str | None = None
-  window: int | None = None
-  stride: int | None = None
-  chunk: int = 2048
-  batch_tokens: int = 16384
-  batch_size: int = 16
-  limit: int | None = None
-
-
-class Skipped(Exception):
-  """A task has no data; the message says what was looked for."""
-
-
-@dataclasses.dataclass
-class Run:
-  """What a task works with: the model, the settings, and the folder for its tables and figures."""
-
-  trained: TrainedModel
-  scorer: Scorer
-  settings: Settings
-  folder: pathlib.Path
 
 
 def run_suites(
@@ -78,7 +55,8 @@ def run_suites(
 ) -> tuple[list[Result], dict[str, str]]:
   """Evaluates the newest checkpoint of a run, on one device.
 
-  Writes results.json, results.csv and results.md, and what single tasks have to show.
+  Writes results.json, results.csv and results.md, and what single tasks have to show. A task that
+  the data folder has no set for, or that the model was not made for, is skipped.
 
   Args:
     workdir: of the training run.
@@ -110,9 +88,9 @@ def run_suites(
     run = Run(trained, scorer, settings, folder)
     found, skipped = [], {}
     for task in tasks:
-      if task in _TEXT_TASKS:
+      if task in _TASKS:
         try:
-          found += _TEXT_TASKS[task](run)
+          found += _TASKS[task](run)
         except Skipped as reason:
           skipped[task] = str(reason)
     for suite in ('commonsense', 'recall'):
@@ -158,7 +136,7 @@ def _text(run: Run) -> list[Result]:
 
 
 def _wikitext(run: Run) -> list[Result]:
-  return _perplexity(run, 'wikitext', wikitext.read(_file(run, wikitext.NAMES)))
+  return _perplexity(run, 'wikitext', wikitext.read(run.file(*wikitext.NAMES)))
 
 
 def _perplexity(run: Run, task: str, documents: Sequence[Text]) -> list[Result]:
@@ -191,7 +169,7 @@ def _show_positions(run: Run, task: str, loss: TextLoss) -> None:
 
 
 def _lambada(run: Run) -> list[Result]:
-  texts = lambada.read(_file(run, lambada.NAMES))[: run.settings.limit]
+  texts = lambada.read(run.file(*lambada.NAMES))[: run.settings.limit]
   found = lambada.evaluate(run.scorer, run.trained.tokenizer, texts, 'lambada')
   return [
     Result('perplexity', 'lambada', 'perplexity', found.perplexity, found.samples),
@@ -199,15 +177,6 @@ def _lambada(run: Run) -> list[Result]:
       'perplexity', 'lambada', 'accuracy', found.accuracy, found.samples, found.accuracy_stderr
     ),
   ]
-
-
-def _file(run: Run, names: Sequence[str]) -> pathlib.Path:
-  if run.settings.data_dir is None:
-    raise Skipped('no data_dir is given')
-  path = records.find(run.settings.data_dir, *names)
-  if path is None:
-    raise Skipped(f'{run.settings.data_dir} has no {names[0]}.jsonl (.xz, .gz)')
-  return path
 
 
 def _harness(run: Run, suite: str, tasks: Sequence[str]) -> tuple[list[Result], dict[str, str]]:
@@ -219,10 +188,17 @@ def _harness(run: Run, suite: str, tasks: Sequence[str]) -> tuple[list[Result], 
   return harness.evaluate(run.trained, run.scorer, suite, tasks, run.settings)
 
 
-_TEXT_TASKS: Mapping[str, Callable[[Run], list[Result]]] = {
+_TASKS: Mapping[str, Callable[[Run], list[Result]]] = {
   'text': _text,
   'wikitext': _wikitext,
   'lambada': _lambada,
+  **{task: functools.partial(needle.evaluate, task=task) for task in SUITES['needle']},
+  **{
+    task: functools.partial(synthetic.evaluate, suite=suite, task=task)
+    for suite in ('mqar', 'state_tracking')
+    for task in SUITES[suite]
+  },
+  'throughput': throughput.evaluate,
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from rla_jax.layers.cache import last_segment
@@ -66,7 +67,7 @@ class BaseConv(nn.Module):
       'gate_proj': (self.kernel_init, (D, D)),
       'gate_bias': (nn.initializers.zeros, (D,)),
       'x_conv': (init_taps, (self.conv_width, D)),
-      'x_bias': (nn.initializers.zeros, (D,)),
+      'x_bias': (self._init_bias, (D,)),
     }
     params = {
       name: self.param(name, init, shape, self.param_dtype)
@@ -90,6 +91,12 @@ class BaseConv(nn.Module):
     gate_BTD += params['gate_bias'].astype(dtype)[None, None]
     y_BTD = x_BTD + mixed_BTD * gate_BTD
     return y_BTD if cache is None else (y_BTD, cache)
+
+  @nn.nowrap
+  def _init_bias(self, key, shape, dtype):
+    """Uniform within the bound of the taps."""
+    bound = self.conv_width**-0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   @nn.nowrap
   def init_cache(

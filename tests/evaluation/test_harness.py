@@ -113,3 +113,17 @@ def test_spacing_is_restored_as_the_harness_does(data_dir):
 
   for record in records.read(records.find(data_dir, *wikitext.NAMES)):
     assert wikitext.restore_spacing(record['page']) == wikitext_detokenizer(record)
+
+
+def test_tables_are_made_without_a_fork(monkeypatch):
+  from lm_eval.utils import make_table
+
+  from rla_jax.evaluation import harness
+
+  def refuse(*args, **kwargs):
+    raise AssertionError('a process is forked beside JAX')
+
+  monkeypatch.setattr('concurrent.futures.ProcessPoolExecutor', refuse)
+  harness.stay_in_one_process()
+  results = {'results': {'piqa': {'alias': 'piqa', 'acc,none': 0.5}}, 'versions': {'piqa': 1}}
+  assert '0.5' in make_table(results)

@@ -3,9 +3,12 @@
     mqar                 multi-query associative recall, the Based setting
     mqar_reassigned      a quarter of the assignments replace a key's value
     parity, modular_arithmetic, permutations      state tracking; trained at seq_len
+    needle_s1, needle_s2, needle_s3, needle_multikey    needle in a haystack, as text
 
 A batch holds examples of one length and difficulty, padded to seq_len; training sets whose examples
-are longer than seq_len are left out, and test sets that are over four times as long.
+are longer than seq_len are left out, and test sets that are over four times as long. The recall
+tasks take their batches in the order of the sets, every epoch the same, as published; the others
+shuffle them.
 """
 
 import dataclasses
@@ -23,11 +26,13 @@ from rla_jax.data.sources import DataError
 from rla_jax.data.synthetic import state_tracking
 from rla_jax.data.synthetic.examples import Examples
 from rla_jax.data.synthetic.mqar import based_test, based_train
-from rla_jax.data.tokenizer import Tokenizer
+from rla_jax.data.synthetic.needle import NEEDLES, manual, needle_examples
+from rla_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 REASSIGNED = 0.25
 STATE_TRACKING_TRAIN, STATE_TRACKING_TEST = 100_000, 1000  # examples
-VERSION = 1
+NEEDLE_TRAIN, NEEDLE_TEST = 20_000, 200  # examples
+VERSION = 2
 
 
 class IdTokenizer(Tokenizer):
@@ -73,11 +78,13 @@ class SyntheticCorpus:
     train: sets to learn from.
     validation: sets to test on.
     tokenizer: of the task's vocabulary.
+    shuffled: whether an epoch has its batches in random order.
   """
 
   train: ExampleSets
   validation: ExampleSets
-  tokenizer: IdTokenizer
+  tokenizer: Tokenizer
+  shuffled: bool
 
   @classmethod
   def load(cls, config: DataConfig) -> 'SyntheticCorpus':
@@ -91,7 +98,8 @@ class SyntheticCorpus:
     test = tuple(s for s in task.test(config) if s.tokens.shape[1] <= 4 * config.seq_len)
     if not train:
       raise DataError(f'task {config.path!r} has no examples of at most {config.seq_len} tokens')
-    return cls(ExampleSets(train), ExampleSets(test), IdTokenizer(task.vocab_size))
+    tokenizer = vocabulary(config)
+    return cls(ExampleSets(train), ExampleSets(test), tokenizer, task.shuffled)
 
   def fingerprint(self, config: DataConfig) -> dict[str, str | int]:
     """Everything that decides the batches, as `rla_jax.data.fingerprint` has it for text."""
@@ -99,7 +107,7 @@ class SyntheticCorpus:
     for examples in (*self.train.sets, *self.validation.sets):
       digest.update(examples.tokens.tobytes())
       digest.update(examples.targets.tobytes())
-    probe = shuffled_rows(1000, config.seed)
+    probe = self._order(1000, config.seed)
     entries = {
       'task': config.path, 'version': VERSION, 'tokens': digest.hexdigest(),
       'seq_len': config.seq_len, 'batch_size': config.batch_size, 'seed': config.seed,
@@ -117,11 +125,17 @@ class SyntheticCorpus:
     def assemble(number):
       return _batch(self.train.sets, pieces[number], config.batch_size, config.seq_len, rows)
 
-    batches = shuffled_rows(len(pieces), config.seed)[start_step:].map(assemble)
+    batches = self._order(len(pieces), config.seed)[start_step:].map(assemble)
     options = grain.ReadOptions(
       num_threads=config.num_threads, prefetch_buffer_size=config.prefetch_batches
     )
     return iter(batches.to_iter_dataset(options))
+
+  def _order(self, count: int, seed: int) -> grain.MapDataset:
+    """Numbers of batches, epoch after epoch."""
+    if self.shuffled:
+      return shuffled_rows(count, seed)
+    return grain.MapDataset.range(count).repeat(max(1, 2**40 // count))
 
   def steps_per_epoch(self, config: DataConfig) -> float:
     """Steps in which every training example is seen once."""
@@ -184,15 +198,17 @@ class SyntheticEvaluation:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-  vocab_size: int
+  vocab_size: int | None  # None: of the config's tokenizer
   train: Callable[[DataConfig], list[Examples]]
   test: Callable[[DataConfig], list[Examples]]
+  shuffled: bool = True
 
 
 def _recall(reassigned: float) -> _Task:
   return _Task(
-    8192, lambda c: based_train(c.seed, reassigned), lambda c: based_test(c.seed, reassigned)
-  )
+    8192, lambda c: based_train(c.seed, reassigned), lambda c: based_test(c.seed, reassigned),
+    shuffled=False,
+  )  # fmt: skip
 
 
 def _tracking(vocab_size: int, draw) -> _Task:
@@ -210,22 +226,38 @@ def _tracking(vocab_size: int, draw) -> _Task:
   return _Task(vocab_size, train, test)
 
 
+def _needle(name: str) -> _Task:
+  def draw(config, seed, length, count):
+    essay = manual() if NEEDLES[name].haystack == 'essay' else ''
+    return needle_examples(seed, name, length, count, load_tokenizer(config.tokenizer), essay)
+
+  def train(config):
+    return [draw(config, (config.seed, 0), config.seq_len, NEEDLE_TRAIN)]
+
+  def test(config):
+    return [draw(config, (config.seed, 1), config.seq_len * n, NEEDLE_TEST) for n in (1, 2)]
+
+  return _Task(None, train, test)
+
+
 TASKS = {
   'mqar': _recall(0.0),
   'mqar_reassigned': _recall(REASSIGNED),
   'parity': _tracking(2, state_tracking.parity),
   'modular_arithmetic': _tracking(15, state_tracking.modular_arithmetic),
   'permutations': _tracking(120, state_tracking.permutations),
+  **{name: _needle(name) for name in NEEDLES},
 }
 
 
-def vocabulary(config: DataConfig) -> IdTokenizer:
+def vocabulary(config: DataConfig) -> Tokenizer:
   """The tokenizer of a task, without drawing its examples.
 
   Raises:
     DataError: an unknown task.
   """
-  return IdTokenizer(_task(config).vocab_size)
+  size = _task(config).vocab_size
+  return load_tokenizer(config.tokenizer) if size is None else IdTokenizer(size)
 
 
 def _task(config: DataConfig) -> _Task:

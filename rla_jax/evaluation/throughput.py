@@ -1,0 +1,201 @@
+"""Tokens a second and memory against length: training step, prefill, decode.
+
+A training step takes about as many tokens at every length; prefill and decode run as many sequences
+as such a batch holds. Parameters are random except for the run's own mixer: they do not matter
+here. Time is the median of repetitions after a first one, which compiles. Memory of a training
+step is what the compiler lays out for its arguments, results and temporaries; of prefill and decode
+it is parameters and cache. What does not fit is a row without numbers.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rla_jax import generation
+from rla_jax.evaluation import figures, results
+from rla_jax.evaluation.results import Result
+from rla_jax.evaluation.run import Run
+from rla_jax.models import LanguageModel, ModelConfig
+from rla_jax.training.evaluate import loss_sums
+from rla_jax.training.optimizer import make_optimizer
+from rla_jax.training.state import initializer
+from rla_jax.training.step import train_step
+
+LENGTHS = tuple(2048 * 2**n for n in range(7))  # 2K to 128K
+DECODED, BLOCK = 128, 32  # tokens of a decode, and in one call of it
+REPETITIONS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """A measurement.
+
+  Attributes:
+    seconds: of one call, the median.
+    tokens: of one call.
+    memory: bytes; None: not known.
+  """
+
+  seconds: float
+  tokens: int
+  memory: int | None
+
+  @property
+  def rate(self) -> float:
+    """Tokens a second."""
+    return self.tokens / self.seconds
+
+
+def evaluate(run: Run) -> list[Result]:
+  """Measures every mixer at every length; writes throughput.csv and three figures."""
+  own = run.trained.model.config
+  mixers = run.settings.mixers or (None,)
+  rows = []
+  for mixer in mixers:
+    config = own if mixer is None else with_mixer(own, mixer)
+    model = LanguageModel(config)
+    name = ' '.join(dict.fromkeys(config.pattern))
+    for length in run.settings.lengths or LENGTHS:
+      count = max(1, run.settings.batch_tokens // length)
+      for kind, measure in (
+        ('train', functools.partial(train, model, run.trained.config)),
+        ('prefill', functools.partial(prefill, model, chunk=run.settings.chunk)),
+        ('decode', functools.partial(decode, model, chunk=run.settings.chunk)),
+      ):
+        timing = _attempt(measure, count, length)
+        rows.append({
+          'kind': kind, 'mixer': name, 'length': length, 'sequences': count,
+          'tokens_per_second': timing and timing.rate, 'seconds': timing and timing.seconds,
+          'memory_bytes': timing and timing.memory, 'device': jax.devices()[0].device_kind,
+        })  # fmt: skip
+        jax.clear_caches()
+  results.write_rows(run.folder / 'throughput.csv', rows)
+  for kind in ('train', 'prefill', 'decode'):
+    _show(run, kind, rows)
+  return [
+    Result(
+      'throughput', 'throughput', f'{r["kind"]}_{r["mixer"]}_{r["length"]} tokens/s',
+      r['tokens_per_second'], REPETITIONS,
+    )
+    for r in rows
+    if r['tokens_per_second'] is not None
+  ]  # fmt: skip
+
+
+def with_mixer(config: ModelConfig, mixer: str) -> ModelConfig:
+  """The same model with one mixer in all its layers.
+
+  Raises:
+    ValueError: an unknown mixer.
+  """
+  options = {mixer: config.layer_options[mixer]} if mixer in config.layer_options else {}
+  return dataclasses.replace(config, pattern=(mixer,), layer_options=options)
+
+
+def train(model: LanguageModel, config, count: int, length: int) -> Timing:
+  """One optimiser step on `count` sequences."""
+  optimizer = make_optimizer(config)
+  init = jax.jit(initializer(model, optimizer))
+  tokens = jnp.asarray(_tokens(model, count, length + 1))
+  batch = {
+    'tokens': tokens[:, :-1], 'targets': tokens[:, 1:],
+    'segment_ids': jnp.zeros((count, length), jnp.int32), 'loss_mask': jnp.ones((count, length)),
+  }  # fmt: skip
+  loss = functools.partial(loss_sums, model)
+  step = functools.partial(train_step, loss_sums=loss, optimizer=optimizer, config=config)
+  state = init(jax.random.key(0))
+  compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+  def call():
+    nonlocal state
+    state, _ = compiled(state, batch)
+    return state.step
+
+  return Timing(_median(call), count * length, _memory(compiled))
+
+
+def prefill(model: LanguageModel, count: int, length: int, *, chunk: int) -> Timing:
+  """Reads `count` prompts chunk by chunk, the state carried."""
+  params = _params(model)
+  prompts = _tokens(model, count, length)
+  seconds = _median(lambda: generation.prefill(model, params, prompts, BLOCK, chunk=chunk)[0])
+  return Timing(seconds, count * length, _held(model, params, count, length))
+
+
+def decode(model: LanguageModel, count: int, length: int, *, chunk: int) -> Timing:
+  """Makes tokens behind `count` prompts; the reading does not count."""
+  params = _params(model)
+  prompts = _tokens(model, count, length)
+  blocks = generation.stream(
+    model, params, prompts, DECODED + BLOCK, temperature=0.0, prefill_chunk=chunk, block=BLOCK
+  )
+  next(blocks)  # reads, and compiles
+  times = []
+  for _ in range(DECODED // BLOCK):
+    begin = time.perf_counter()
+    next(blocks)
+    times.append(time.perf_counter() - begin)
+  held = _held(model, params, count, length + DECODED + BLOCK)
+  return Timing(statistics.median(times), count * BLOCK, held)
+
+
+def _held(model: LanguageModel, params, count: int, length: int) -> int:
+  cache = jax.eval_shape(lambda: model.init_cache(count, length))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, cache)))
+
+
+def _attempt(measure: Callable[[int, int], Timing], count: int, length: int) -> Timing | None:
+  """The measurement; None where memory runs out."""
+  try:
+    return measure(count, length)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error) and 'out of memory' not in str(error).lower():
+      raise
+    return None
+
+
+def _median(call: Callable[[], jax.Array]) -> float:
+  jax.block_until_ready(call())
+  times = []
+  for _ in range(REPETITIONS):
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    times.append(time.perf_counter() - begin)
+  return statistics.median(times)
+
+
+def _memory(compiled) -> int | None:
+  found = compiled.memory_analysis()
+  if found is None:
+    return None
+  arguments = found.argument_size_in_bytes + found.output_size_in_bytes
+  return arguments - found.alias_size_in_bytes + found.temp_size_in_bytes
+
+
+@functools.lru_cache(maxsize=1)
+def _params(model: LanguageModel):
+  one = jnp.zeros((1, 1), jnp.int32)
+  return jax.jit(lambda key: model.init(key, one)['params'])(jax.random.key(0))
+
+
+def _tokens(model: LanguageModel, count: int, length: int) -> np.ndarray:
+  rng = np.random.default_rng(0)
+  return rng.integers(0, model.config.vocab_size, (count, length)).astype(np.int32)
+
+
+def _show(run: Run, kind: str, rows: list[dict]) -> None:
+  lines: dict[str, tuple[list, list]] = {}
+  for row in rows:
+    if row['kind'] == kind and row['tokens_per_second'] is not None:
+      x, y = lines.setdefault(row['mixer'], ([], []))
+      x.append(row['length'])
+      y.append(row['tokens_per_second'])
+  if lines:
+    path = run.folder / f'throughput_{kind}.png'
+    figures.curves(path, lines, 'length (tokens)', f'{kind}: tokens a second', log_y=True)

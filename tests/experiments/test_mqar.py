@@ -1,0 +1,101 @@
+"""The sweep of associative recall: a member of an ensemble is the run of the training loop."""
+
+import csv
+import pathlib
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from rla_jax.data import synthetic
+from rla_jax.data.synthetic import corpus as corpora
+from rla_jax.training import train_and_evaluate
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / 'experiments'))
+
+import mqar_sweep  # noqa: E402
+from mqar_ensemble import Ensemble, Member  # noqa: E402
+
+RATE = 0.01
+
+
+@pytest.fixture
+def config(monkeypatch):
+  """Two epochs of three steps on sets of two lengths, one batch not full."""
+
+  def sets(seed, reassigned, sizes):
+    return [synthetic.multi_query_recall(seed, *size, vocab_size=32) for size in sizes]
+
+  monkeypatch.setattr(corpora, 'based_train', lambda s, r: sets(s, r, [(8, 1, 11), (16, 3, 8)]))
+  monkeypatch.setattr(corpora, 'based_test', lambda s, r: sets(s + 1, r, [(8, 2, 5), (16, 3, 3)]))
+  monkeypatch.setitem(
+    corpora.TASKS, 'mqar', corpora._Task(
+      32, lambda c: corpora.based_train(c.seed, 0), lambda c: corpora.based_test(c.seed, 0),
+      shuffled=False,
+    ),
+  )  # fmt: skip
+  c = runpy.run_path(str(ROOT / 'configs' / 'mqar.py'))['get_config']('gdn,32')
+  c.update_from_flattened_dict({
+    'steps': 6, 'data.seq_len': 16, 'data.batch_size': 8, 'model.implementation': 'reference',
+    'model.pattern': ('base_conv',), 'model.num_layers': 1,
+    'optimizer.learning_rate': RATE, 'seed': 3, 'mesh.data': 1, 'mesh.fsdp': -1,
+    'eval_every': 6, 'checkpoint_every': 6,
+  })  # fmt: skip
+  with c.unlocked():
+    c.model.layer_options = {}
+  return c
+
+
+def test_a_member_is_the_run_of_its_config(config, tmp_path):
+  ensemble = Ensemble(config, [Member(0.1, 0), Member(RATE, 3)], tmp_path / 'ensemble')
+  ensemble.run(evaluate_every=1, report=lambda line: None)
+  outcome = train_and_evaluate(config, tmp_path / 'run')
+  for path, want in jax.tree_util.tree_leaves_with_path(outcome.state.params):
+    member = ensemble._state.params
+    for key in path:
+      member = member[key.key]
+    np.testing.assert_allclose(member[1], want, rtol=2e-4, atol=2e-5, err_msg=str(path))
+    assert np.abs(member[0] - np.asarray(want)).max() > 1e-3 or want.size < 3
+  assert [row['epoch'] for row in ensemble.curve] == [1, 1, 2, 2]
+  assert all(0 <= row['accuracy'] <= 1 for row in ensemble.curve)
+
+
+@pytest.mark.slow
+def test_an_ensemble_goes_on_where_it_was_left(config, tmp_path):
+  members = [Member(RATE, 0), Member(RATE, 1)]
+  whole = Ensemble(config, members, tmp_path / 'whole')
+  whole.run(report=lambda line: None)
+  first = Ensemble(config, members, tmp_path / 'parts')
+  assert not first.run(report=lambda line: None, stop=lambda: True)
+  assert first.epoch == 1
+  second = Ensemble(config, members, tmp_path / 'parts')
+  assert second.epoch == 1
+  second.run(report=lambda line: None)
+  jax.tree.map(np.testing.assert_array_equal, second._state, whole._state)
+  with pytest.raises(ValueError, match='is of another config or of other members'):
+    Ensemble(config, members[:1], tmp_path / 'parts')
+
+
+def test_the_table_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
+  rows = [
+    {'mixer': 'gdn', 'width': 64, 'state_bytes': 16384, 'epoch': epoch, 'learning_rate': rate,
+     'seed': seed, 'loss': 1.0, 'accuracy': accuracy, 'L64_N4': accuracy}
+    for rate, accuracies in ((0.001, (0.5, 0.7)), (0.01, (0.9, 0.1)))
+    for seed, accuracy in enumerate(accuracies)
+    for epoch in (16, 32)
+  ]  # fmt: skip
+  (tmp_path / 'a').mkdir()
+  mqar_sweep.write_csv(tmp_path / 'a' / 'curve.csv', rows)
+  found = mqar_sweep.collect(tmp_path)
+  assert len(found) == 4 and {row['epoch'] for row in found} == {32}
+  (record,) = mqar_sweep.best(found)
+  assert (record['learning_rate'], record['seeds'], record['published']) == (0.001, 2, 0.890)
+  assert record['accuracy'] == pytest.approx(0.6) and record['std'] == pytest.approx(0.1)
+  assert '| gdn | 64 | 16,384 | 0.600 ± 0.100 | 0.890 | 0.001 | 2 | 32 |' in mqar_sweep.table(found)
+  mqar_sweep.figure(tmp_path / 'results.png', found)
+  assert (tmp_path / 'results.png').stat().st_size > 1000
+  with (tmp_path / 'a' / 'curve.csv').open() as file:
+    assert len(list(csv.DictReader(file))) == 8
