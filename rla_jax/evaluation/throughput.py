@@ -1,21 +1,25 @@
 """Tokens a second and memory against length: training step, prefill, decode.
 
-A training step takes about as many tokens at every length; prefill and decode run as many sequences
-as such a batch holds. Parameters are random except for the run's own mixer: they do not matter
-here. Time is the median of repetitions after a first one, which compiles. Memory of a training
-step is what the compiler lays out for its arguments, results and temporaries; of prefill and decode
-it is parameters and cache. What does not fit is a row without numbers.
+A training step takes about as many tokens at every length, in one piece; prefill and decode run as
+many sequences as such a batch holds. Parameters and tokens are random: they do not matter here.
+Time is the median of repetitions after a first one, which compiles. Memory of a training step is
+what the compiler lays out for its arguments, results and temporaries; of prefill and decode it is
+parameters and cache. What does not fit is a row without numbers.
 """
 
 import dataclasses
 import functools
+import itertools
+import os
+import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from rla_jax import generation
 from rla_jax.evaluation import figures, results
@@ -30,6 +34,7 @@ from rla_jax.training.step import train_step
 LENGTHS = tuple(2048 * 2**n for n in range(7))  # 2K to 128K
 DECODED, BLOCK = 128, 32  # tokens of a decode, and in one call of it
 REPETITIONS = 5
+KINDS = ('train', 'prefill', 'decode')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +58,12 @@ class Timing:
 
 
 def evaluate(run: Run) -> list[Result]:
-  """Measures every mixer at every length; writes throughput.csv and three figures."""
-  own = run.trained.model.config
-  mixers = run.settings.mixers or (None,)
-  rows = []
-  for mixer in mixers:
-    config = own if mixer is None else with_mixer(own, mixer)
-    model = LanguageModel(config)
-    name = ' '.join(dict.fromkeys(config.pattern))
-    for length in run.settings.lengths or LENGTHS:
-      count = max(1, run.settings.batch_tokens // length)
-      for kind, measure in (
-        ('train', functools.partial(train, model, run.trained.config)),
-        ('prefill', functools.partial(prefill, model, chunk=run.settings.chunk)),
-        ('decode', functools.partial(decode, model, chunk=run.settings.chunk)),
-      ):
-        timing = _attempt(measure, count, length)
-        rows.append({
-          'kind': kind, 'mixer': name, 'length': length, 'sequences': count,
-          'tokens_per_second': timing and timing.rate, 'seconds': timing and timing.seconds,
-          'memory_bytes': timing and timing.memory, 'device': jax.devices()[0].device_kind,
-        })  # fmt: skip
-        jax.clear_caches()
-  results.write_rows(run.folder / 'throughput.csv', rows)
-  for kind in ('train', 'prefill', 'decode'):
-    _show(run, kind, rows)
+  """Measures the model of a run; writes throughput.csv and three figures."""
+  s = run.settings
+  rows = measure(
+    run.trained.model.config, run.trained.config, run.folder, mixers=s.mixers,
+    lengths=s.lengths or LENGTHS, batch_tokens=s.batch_tokens, chunk=s.chunk,
+  )  # fmt: skip
   return [
     Result(
       'throughput', 'throughput', f'{r["kind"]}_{r["mixer"]}_{r["length"]} tokens/s',
@@ -86,6 +72,60 @@ def evaluate(run: Run) -> list[Result]:
     for r in rows
     if r['tokens_per_second'] is not None
   ]  # fmt: skip
+
+
+def measure(
+  own: ModelConfig,
+  config: ConfigDict,
+  folder: str | os.PathLike,
+  *,
+  mixers: Sequence[str] | None = None,
+  lengths: Sequence[int] = LENGTHS,
+  batch_tokens: int = 16384,
+  chunk: int = 2048,
+  kinds: Sequence[str] = KINDS,
+  say: Callable[[str], None] = lambda line: None,
+) -> list[dict]:
+  """Measures mixers at lengths; writes throughput.csv and a figure a kind.
+
+  Args:
+    own: the model.
+    config: of training, for its optimiser.
+    folder: for the results; exists.
+    mixers: layers, each in place of all the model's; None: the model as it is.
+    lengths: tokens of a sequence.
+    batch_tokens: tokens of a batch, which holds at least one sequence.
+    chunk: prompt tokens in one call of the model.
+    kinds: some of `KINDS`.
+    say: takes a line a measurement.
+
+  Returns:
+    The rows of the table.
+  """
+  folder, rows = pathlib.Path(folder), []
+  functions = {
+    'train': lambda model: functools.partial(train, model, config),
+    'prefill': lambda model: functools.partial(prefill, model, chunk=chunk),
+    'decode': lambda model: functools.partial(decode, model, chunk=chunk),
+  }
+  for mixer, length, kind in itertools.product(mixers or (None,), lengths, kinds):
+    model = LanguageModel(own if mixer is None else with_mixer(own, mixer))
+    count = max(1, batch_tokens // length)
+    timing = _attempt(functions[kind](model), count, length)
+    jax.clear_caches()
+    row = {
+      'kind': kind, 'mixer': ' '.join(dict.fromkeys(model.config.pattern)), 'length': length,
+      'sequences': count, 'tokens_per_second': timing and timing.rate,
+      'seconds': timing and timing.seconds, 'memory_bytes': timing and timing.memory,
+      'device': jax.devices()[0].device_kind,
+    }  # fmt: skip
+    rows.append(row)
+    results.write_rows(folder / 'throughput.csv', rows)
+    speed = 'does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'
+    say(f'{row["mixer"]} {kind} {count} x {length}: {speed}')
+  for kind in kinds:
+    _show(folder, kind, rows)
+  return rows
 
 
 def with_mixer(config: ModelConfig, mixer: str) -> ModelConfig:
@@ -100,6 +140,8 @@ def with_mixer(config: ModelConfig, mixer: str) -> ModelConfig:
 
 def train(model: LanguageModel, config, count: int, length: int) -> Timing:
   """One optimiser step on `count` sequences."""
+  config = config.copy_and_resolve_references()
+  config.accumulate = 1
   optimizer = make_optimizer(config)
   init = jax.jit(initializer(model, optimizer))
   tokens = jnp.asarray(_tokens(model, count, length + 1))
@@ -189,7 +231,7 @@ def _tokens(model: LanguageModel, count: int, length: int) -> np.ndarray:
   return rng.integers(0, model.config.vocab_size, (count, length)).astype(np.int32)
 
 
-def _show(run: Run, kind: str, rows: list[dict]) -> None:
+def _show(folder: pathlib.Path, kind: str, rows: list[dict]) -> None:
   lines: dict[str, tuple[list, list]] = {}
   for row in rows:
     if row['kind'] == kind and row['tokens_per_second'] is not None:
@@ -197,5 +239,5 @@ def _show(run: Run, kind: str, rows: list[dict]) -> None:
       x.append(row['length'])
       y.append(row['tokens_per_second'])
   if lines:
-    path = run.folder / f'throughput_{kind}.png'
+    path = folder / f'throughput_{kind}.png'
     figures.curves(path, lines, 'length (tokens)', f'{kind}: tokens a second', log_y=True)

@@ -1,0 +1,47 @@
+"""Tokens a second and memory of a model against length: training step, prefill and decode.
+
+  python experiments/throughput.py --config=configs/quickstart.py --output=/tmp/throughput \\
+      --lengths=512,1024
+  python experiments/throughput.py --config=configs/rdn_1p5b.py --output=results \\
+      --mixers=rla,rdn,sgla,gdn,attention --batch_tokens=32768 --lengths=2048,8192,32768,131072
+
+The model has random parameters. --mixers puts one layer after the other in place of all those of
+the config; softmax attention then has the config's number of heads, all with keys and values of
+their own. Writes throughput.csv and a figure for each of --kinds.
+"""
+
+import pathlib
+
+from absl import flags
+
+from rla_jax.evaluation import throughput
+from rla_jax.training.command_line import define_config, run
+from rla_jax.training.config import check, model_config
+
+_CONFIG = define_config()
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder of the results.', required=True)
+_MIXERS = flags.DEFINE_list('mixers', None, 'Layers to compare; default: those of the config.')
+_LENGTHS = flags.DEFINE_list('lengths', list(map(str, throughput.LENGTHS)), 'Tokens of a sequence.')
+_BATCH_TOKENS = flags.DEFINE_integer('batch_tokens', 32768, 'Tokens of a batch.', lower_bound=1)
+_CHUNK = flags.DEFINE_integer('chunk', 2048, 'Prompt tokens of one call.', lower_bound=1)
+_KINDS = flags.DEFINE_list('kinds', list(throughput.KINDS), 'What to measure.')
+_VOCABULARY = flags.DEFINE_integer(
+  'vocab_size', 100_352, 'Tokens of the vocabulary, unless the config says.', lower_bound=1
+)
+
+
+def main(_):
+  """Measures as the flags say."""
+  check(_CONFIG.value)
+  folder = pathlib.Path(_OUTPUT.value)
+  folder.mkdir(parents=True, exist_ok=True)
+  size = _CONFIG.value.model.vocab_size or _VOCABULARY.value
+  throughput.measure(
+    model_config(_CONFIG.value, size), _CONFIG.value, folder, mixers=_MIXERS.value,
+    lengths=[int(n) for n in _LENGTHS.value], batch_tokens=_BATCH_TOKENS.value,
+    chunk=_CHUNK.value, kinds=_KINDS.value, say=lambda line: print(line, flush=True),
+  )  # fmt: skip
+
+
+if __name__ == '__main__':
+  run(main)
