@@ -20,7 +20,7 @@ from tests.evaluation import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASELINE = runpy.run_path(str(ROOT / 'configs' / 'baseline.py'))
-QUICK = ('transformer', 'mamba2', 'two_state')
+QUICK = ('mamba2',)
 
 
 @pytest.mark.parametrize('name', BASELINE['BASELINES'])
