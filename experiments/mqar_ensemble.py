@@ -3,7 +3,8 @@
 It makes sweeps affordable. A model of the Based setting has half a million parameters; its 22,624
 steps take an H200 a fraction of a millisecond each and the training loop some milliseconds, so one
 run after the other would leave the device idle. Here all members (learning rates and seeds) of a
-sweep take a step together on the same batch, and `lax.scan` runs a set of batches in one dispatch.
+sweep take a step together on the same batch, `lax.scan` runs a set of batches in one dispatch, and
+several devices share the members.
 
 Step, model, optimiser, initialisation and data are those of `rla_jax.training`: a member equals the
 run of its config up to rounding (tested). Only the loop is another one, and logits exist only where
@@ -14,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -22,6 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from rla_jax.data import DataConfig
@@ -74,17 +78,31 @@ class Ensemble:
     self._folder = pathlib.Path(folder)
     self._folder.mkdir(parents=True, exist_ok=True)
     corpus = _corpus(check(config))
-    self._train_sets = _training_arrays(corpus.train.sets, config.data.batch_size)
-    self._test_sets = self._test_arrays(corpus)
     self._model = LanguageModel(model_config(config, corpus.tokenizer.vocab_size))
     optimizer = make_optimizer(config)
     self._rates = jnp.array([m.learning_rate for m in self.members], jnp.float32)
     self._seeds = jnp.array([m.seed for m in self.members], jnp.int32)
     member_step = functools.partial(_member_step, self._model, optimizer, config)
-    self._train = jax.jit(functools.partial(_train_set, member_step), donate_argnums=0)
-    self._score = jax.jit(functools.partial(_correct, self._model))
-    init = initializer(self._model, optimizer)
-    self._state = jax.jit(jax.vmap(lambda seed: init(jax.random.key(seed))))(self._seeds)
+    mesh = _mesh(len(self.members))
+    mine, everybody = P('members'), P()
+    self._place = NamedSharding(mesh, mine)
+    over_devices = functools.partial(jax.shard_map, mesh=mesh, out_specs=mine, check_vma=False)
+    self._train = jax.jit(
+      over_devices(
+        functools.partial(_train_set, member_step), in_specs=(mine, mine, mine, everybody)
+      ),
+      donate_argnums=0,
+    )
+    self._score = jax.jit(
+      over_devices(functools.partial(_correct, self._model), in_specs=(mine, everybody))
+    )
+    self._train_sets, self._test_sets = jax.device_put(
+      (_training_arrays(corpus.train.sets, config.data.batch_size), self._test_arrays(corpus)),
+      NamedSharding(mesh, everybody),
+    )
+    self._rates, self._seeds = jax.device_put((self._rates, self._seeds), self._place)
+    init = jax.vmap(lambda seed: initializer(self._model, optimizer)(jax.random.key(seed)))
+    self._state = jax.jit(init, out_shardings=self._place)(self._seeds)
     self.epoch, self.curve = 0, []
     self._restore()
     self._compiled = self._compile()
@@ -142,8 +160,8 @@ class Ensemble:
       if record['identity'] != self._identity():
         raise ValueError(f'{path} is of another config or of other members; choose another folder')
       structure = jax.tree.structure(self._state)
-      arrays = [jnp.asarray(file[str(i)]) for i in range(structure.num_leaves)]
-    self._state = jax.tree.unflatten(structure, arrays)
+      arrays = [file[str(i)] for i in range(structure.num_leaves)]
+    self._state = jax.device_put(jax.tree.unflatten(structure, arrays), self._place)
     self.epoch, self.curve = record['epoch'], record['curve']
 
   def _identity(self) -> list:
@@ -155,7 +173,7 @@ class Ensemble:
     jobs = {}
     for arrays in self._train_sets:
       jobs[_shapes(arrays)] = (self._train, (self._state, self._rates, self._seeds, arrays))
-    for _, batches in self._test_sets:
+    for batches in self._test_sets.values():
       jobs[_shapes(batches[0])] = (self._score, (self._state.params, batches[0]))
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
       futures = {
@@ -164,9 +182,9 @@ class Ensemble:
       }
       return {shapes: future.result() for shapes, future in futures.items()}
 
-  def _test_arrays(self, corpus: SyntheticCorpus) -> list[tuple[str, list[dict]]]:
-    """Name and batches of every test set."""
-    found, sets = [], corpus.validation.sets
+  def _test_arrays(self, corpus: SyntheticCorpus) -> dict[str, list[dict]]:
+    """The batches of every test set, by its name."""
+    found, sets = {}, corpus.validation.sets
     most = _most_targets(sets)
     for examples in sets:
       parts = _compact(examples, most[examples.tokens.shape[1]])
@@ -176,7 +194,7 @@ class Ensemble:
         {name: _fill(x[start : start + size], size) for name, x in parts.items()}
         for start in range(0, len(examples), size)
       ]
-      found.append((examples.name, batches))
+      found[examples.name] = batches
     return found
 
   def _train_epoch(self) -> np.ndarray:
@@ -190,7 +208,7 @@ class Ensemble:
 
   def _evaluate(self, losses: np.ndarray) -> None:
     found = {}
-    for name, batches in self._test_sets:
+    for name, batches in self._test_sets.items():
       program = self._compiled[_shapes(batches[0])]
       right = sum(program(self._state.params, batch) for batch in batches)
       found[name] = np.asarray(right) / sum(batch['mask'].sum() for batch in batches)
@@ -200,6 +218,12 @@ class Ensemble:
         'epoch': self.epoch, **dataclasses.asdict(member), 'loss': float(losses[i]),
         'accuracy': float(np.mean(list(by_set.values()))), **by_set,
       })  # fmt: skip
+
+
+def _mesh(members: int) -> Mesh:
+  """As many devices as divide the members."""
+  count = math.gcd(members, len(jax.devices()))
+  return jax.make_mesh((count,), ('members',), (AxisType.Auto,), devices=jax.devices()[:count])
 
 
 class _Overridden:
@@ -258,13 +282,13 @@ def _corpus(config: DataConfig) -> SyntheticCorpus:
   return SyntheticCorpus.load(config)
 
 
-def _training_arrays(sets: Sequence[Examples], batch_size: int) -> list[dict[str, jax.Array]]:
+def _training_arrays(sets: Sequence[Examples], batch_size: int) -> list[dict[str, np.ndarray]]:
   """The batches of every set, stacked; sets of one length have one shape, so one compilation."""
   most, found = _most_targets(sets), []
   for examples in sets:
     count = -(-len(examples) // batch_size)
     found.append({
-      name: jnp.asarray(_fill(x, count * batch_size).reshape(count, batch_size, -1))
+      name: _fill(x, count * batch_size).reshape(count, batch_size, -1)
       for name, x in _compact(examples, most[examples.tokens.shape[1]]).items()
     })
   return found
