@@ -1,6 +1,8 @@
-"""Draws loss curves of training runs from their metrics.
+"""Draws metrics of training runs.
 
   python experiments/plot.py --runs=runs/a,runs/b --output=loss.png
+  python experiments/plot.py --runs=runs/a --output=gates.png \
+      --metrics=train/loss,eval/loss --metrics=gates/alpha/ --metrics=grad_norm/
 """
 
 from absl import flags
@@ -10,13 +12,15 @@ from rla_jax.training.plots import draw
 
 _RUNS = flags.DEFINE_list('runs', None, 'Folders of training runs.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Image to write: .png, .svg or .pdf.', required=True)
-_TRAIN = flags.DEFINE_string('train_metric', 'train/loss', 'Metric drawn as a thin line.')
-_EVAL = flags.DEFINE_string('eval_metric', 'eval/loss', 'Metric drawn with points.')
+_METRICS = flags.DEFINE_multi_string(
+  'metrics', ['train/loss,eval/loss'],
+  'A panel: names as in metrics.jsonl; one that ends in / stands for all that begin with it.',
+)  # fmt: skip
 
 
 def main(_):
   """Draws as the flags say."""
-  draw(_RUNS.value, _OUTPUT.value, _TRAIN.value, _EVAL.value)
+  draw(_RUNS.value, _OUTPUT.value, [panel.split(',') for panel in _METRICS.value])
 
 
 if __name__ == '__main__':

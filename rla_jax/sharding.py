@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'seq', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'), 'seq')  # of arrays [B, T]
@@ -117,6 +117,39 @@ def shardings(tree, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RUL
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Sharding of arrays [B, T]: rows over data and fsdp, tokens over seq."""
   return NamedSharding(mesh, BATCH)
+
+
+def in_force() -> AbstractMesh | None:
+  """The mesh of `jax.set_mesh`, if it has several devices along `AXES` that XLA places work on.
+
+  None inside `shard_map`: there the caller has placed it.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not set(AXES) <= set(mesh.axis_names) or mesh.size == 1:
+    return None
+  auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
+  return mesh if auto else None
+
+
+def rows_of(mesh: Mesh | AbstractMesh, rows: int) -> tuple[str, ...] | None:
+  """The axes that split so many rows; None if they do not divide them, as for a single row."""
+  axes = BATCH[0]
+  return axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """x [B, T, ...] with rows over data and fsdp, and the other dimensions as told.
+
+  Without a mesh, x itself. XLA then does not gather activations to suit how a parameter lies.
+
+  Args:
+    x: activations.
+    *axes: mesh axis of each dimension after the first, or None.
+  """
+  mesh = in_force()
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(rows_of(mesh, x.shape[0]), *axes))
 
 
 def table(tree, shardings) -> str:

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from rla_jax.layers.cache import AttentionCache, last_segment
 from rla_jax.layers.rope import rotate
 from rla_jax.layers.settings import DEFAULT_INIT, check_choices, check_positive_int
+from rla_jax.layers.split import divide
 from rla_jax.ops.segments import count_segments
 from rla_jax.shapes import Array, Float, Segments
 
@@ -143,6 +144,11 @@ class Attention(AttentionSettings, nn.Module, kw_only=True):
 
   @nn.nowrap
   def _attend(self, q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
+    division = divide(*q_BTHK.shape[:2])
+    if division is not None and division.seq is not None:
+      return division.attend(
+        q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, self.window, self.implementation
+      )
     mask = None
     if segment_ids_BT is not None:
       documents_BT = count_segments(segment_ids_BT)

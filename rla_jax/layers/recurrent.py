@@ -8,6 +8,7 @@ The Linen and the NNX layers only hold the parameters, so equal weights give equ
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from rla_jax.layers.gates import compute_gates, gate_parameters
 from rla_jax.layers.norms import at_least_float32, l2_norm, rms_norm
 from rla_jax.layers.rope import rotate
 from rla_jax.layers.settings import Settings
+from rla_jax.layers.split import divide
+from rla_jax.layers.statistics import recurrence_statistics
 from rla_jax.ops.segments import count_segments
 from rla_jax.shapes import Array, Float, Segments
 
@@ -73,6 +76,7 @@ def mix(
   x: Float[Array, 'B T D'],
   segment_ids: Segments | None = None,
   cache: RecurrentCache | None = None,
+  observe: Callable[[dict], None] | None = None,
 ) -> tuple[Float[Array, 'B T D'], RecurrentCache | None]:
   """The layer: y [B, T, D] and the cache after the last token (None without one).
 
@@ -82,11 +86,13 @@ def mix(
     x: inputs.
     segment_ids: documents of a packed sequence; see `cache.py` for both.
     cache: from `init_cache`, or from the call before.
+    observe: takes what `statistics.py` says of the recurrence, at the price of running it again.
   """
   dtype = jnp.dtype(s.dtype or x.dtype)
   x_BTD = x.astype(dtype)
   if x.shape[1] == 0:
     return x_BTD, cache
+  division = divide(*x.shape[:2], cached=cache is not None)
   resumed = None if cache is None else cache.resume(segment_ids)
   documents_BT = None if segment_ids is None else count_segments(segment_ids)
   positions_T = jnp.arange(x.shape[1]) + (0 if cache is None else cache.length)
@@ -99,12 +105,26 @@ def mix(
       tail = resumed.tails[name]
       last_BTX = next_tail(h_BTX, s.conv_width, documents_BT, tail)
       tails[name] = last_BTX.astype(tail.dtype)
-    heads[name] = _head_inputs(
-      s, name, h_BTX, params.get(f'{name}_conv'), documents_BT, tail, positions_T
-    )
+    taps_WX = params.get(f'{name}_conv')
+    if division is None:
+      heads[name] = _head_inputs(s, name, h_BTX, taps_WX, documents_BT, tail, positions_T)
+    else:
+      heads[name] = division.head_inputs(
+        functools.partial(_head_inputs, s, name), s.num_heads if name == 'v' else s.key_heads,
+        h_BTX, taps_WX, segment_ids, tail, positions_T,
+      )  # fmt: skip
   gates = compute_gates(s, params, x_BTD)
   state = None if cache is None else resumed.state
-  o_BTHV, state = _recur(s, heads, gates, segment_ids, state)
+
+  def recur(s, heads, gates, keep_state=True):
+    function = functools.partial(_recur, s)
+    if division is None:
+      return function(heads, gates, segment_ids, state)
+    return division.recur(function, heads, gates, segment_ids, state, keep_state)
+
+  if observe is not None:
+    observe(recurrence_statistics(s, recur, heads, gates))
+  o_BTHV, state = recur(s, heads, gates, keep_state=False)
   o_BTHV = checkpoint_name(o_BTHV, 'mixer_output')
 
   gate_BTX = _output_gate(s, params, x_BTD)
@@ -124,11 +144,11 @@ def _head_inputs(s, name, h_BTX, taps_WX, documents_BT, tail_BTX, positions_T):
   """Convolution, activation, norm and rotation of q, k or v; rounded once, at the end."""
   B, T, X = h_BTX.shape
   dtype = h_BTX.dtype
-  H = s.num_heads if name == 'v' else s.key_heads
+  size = s.value_dim if name == 'v' else s.head_dim
   h_BTX = h_BTX.astype(at_least_float32(dtype))
   if taps_WX is not None:
     h_BTX = short_convolution(h_BTX, taps_WX, documents_BT, tail_BTX)
-  h_BTHX = _ACTIVATIONS[s.activation](h_BTX).reshape(B, T, H, X // H)
+  h_BTHX = _ACTIVATIONS[s.activation](h_BTX).reshape(B, T, X // size, size)
   if name == 'v':
     return h_BTHX.astype(dtype)
   scale = 1.0
@@ -140,8 +160,8 @@ def _head_inputs(s, name, h_BTX, taps_WX, documents_BT, tail_BTX, positions_T):
   return h_BTHX.astype(dtype)
 
 
-def _recur(s, heads, gates, segment_ids, state):
-  """Runs the operator, or its step for one token of a cached sequence."""
+def _recur(s, heads, gates, segment_ids, state, axis_name=None):
+  """Runs the operator, on a sequence split along `axis_name`, or its step for one cached token."""
   q, k, v = heads['q'], heads['k'], heads['v']
   log_decay, beta, gamma = gates
   shape = v.shape
@@ -161,6 +181,8 @@ def _recur(s, heads, gates, segment_ids, state):
     operator = ops.residual_delta_rule
     if s.update == 'additive':
       operator = ops.residual_linear_attention
+    if axis_name is not None:
+      operator = functools.partial(ops.split_over_sequence, operator, axis_name=axis_name)
     o_BTHV, state = operator(
       *arguments, initial_state=state, segment_ids=segment_ids, chunk_size=s.chunk_size,
       implementation=s.implementation, **options,

@@ -1,5 +1,6 @@
 """The Linen layers of the paper: Residual Linear Attention and Residual Delta Net."""
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -45,7 +46,10 @@ class RecurrentLayer(Settings, nn.Module, kw_only=True):
       name: self.param(name, init, shape, self.param_dtype)
       for name, (shape, init) in recurrent.parameters(settings, x.shape[-1]).items()
     }
-    y, cache = recurrent.mix(settings, params, x, segment_ids, cache)
+    observe = None
+    if self.is_mutable_collection('intermediates'):
+      observe = functools.partial(self.sow, 'intermediates', 'statistics')
+    y, cache = recurrent.mix(settings, params, x, segment_ids, cache, observe)
     return y if cache is None else (y, cache)
 
   @nn.nowrap

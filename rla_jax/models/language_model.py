@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rla_jax import sharding
 from rla_jax.layers.norms import at_least_float32
 from rla_jax.models.blocks import Group, make_mixer, make_norm
 from rla_jax.models.config import ModelConfig
@@ -166,6 +167,7 @@ class LanguageModel(nn.Module):
   def _trunk(self, tokens, segment_ids, cache, keys=None):
     dtype = jnp.dtype(self.config.dtype)
     x_BTD = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+    x_BTD = sharding.constrain(x_BTD, None if cache is not None else 'seq', None)
     if keys is not None and self.config.embedding_dropout > 0:
       # A key a row: what is dropped depends neither on the mesh nor on the parts of a batch.
       kept = 1.0 - self.config.embedding_dropout

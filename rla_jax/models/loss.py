@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rla_jax import sharding
 from rla_jax.shapes import Array, Float, Int
 
 
@@ -46,6 +47,18 @@ def score_chunked(head, x: Float[Array, 'B T D'], targets: Int[Array, 'B T'], ch
   Returns:
     TokenScores.
   """
+  B, T = targets.shape
+  mesh = sharding.in_force()
+  parts = 1 if mesh is None else mesh.shape['seq']
+  if parts > 1 and T % parts == 0 and chunk < T:
+    # Shards of the sequence as rows: a chunk takes its share from each, so that all are at work.
+    x, targets = (a.reshape(B * parts, T // parts, *a.shape[2:]) for a in (x, targets))
+    scores = _score_chunked(head, x, targets, max(1, chunk // parts))
+    return jax.tree.map(lambda a: a.reshape(B, T), scores)
+  return _score_chunked(head, x, targets, chunk)
+
+
+def _score_chunked(head, x, targets, chunk):
   B, T = targets.shape
   if chunk >= T:
     return score(head(x), targets)

@@ -7,18 +7,19 @@ ones that did not are moved to `damaged/`, never deleted.
 
 import hashlib
 import json
+import operator
 import pathlib
 from collections.abc import Callable
 
-import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from rla_jax.training import distributed
 from rla_jax.training.checksums import describe, named_leaves
 from rla_jax.training.errors import CheckpointError
 from rla_jax.training.state import TrainState
 
-_ITEMS = ('params', 'progress', 'record')
+_ITEMS = ('params', 'ema', 'progress', 'record')
 
 
 class Checkpoints:
@@ -39,26 +40,28 @@ class Checkpoints:
     """
     self._root, self._say, self._read_only = root, say, config is None
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=None if config is None else config.keep_checkpoints,
-      keep_period=None if config is None else config.keep_every,
       step_format_fixed_length=8,
       create=config is not None,
       read_only=config is None,
+      **({} if config is None else _retention(config)),
     )
     self._manager = ocp.CheckpointManager(root / 'checkpoints', options=options, item_names=_ITEMS)
 
-  def save(self, step: int, state: TrainState, fingerprint: dict) -> None:
+  def save(
+    self, step: int, state: TrainState, fingerprint: dict, loss: float | None = None
+  ) -> None:
     """Starts to save; the arrays may be donated as soon as this returns.
 
     Args:
       step: steps that the state has behind it.
       state: the training state.
       fingerprint: the data pipeline's; JSON-serialisable.
+      loss: of an evaluation at this step, by which `keep_best` judges.
 
     Raises:
       CheckpointError: this or the save before it failed.
     """
-    trees = {'params': state.params, 'progress': state.progress}
+    trees = state.items
     arrays = {item: describe(tree) for item, tree in trees.items()}
     record = {'step': step, 'data': fingerprint, 'arrays': arrays}
     record['sha256'] = _sha256(record)
@@ -67,9 +70,12 @@ class Checkpoints:
       record=ocp.args.JsonSave(record),
     )
     try:
-      saved = self._manager.save(step, args=items, force=True)
+      metrics = None if loss is None else {'loss': loss}
+      saved = self._manager.save(step, args=items, force=True, metrics=metrics)
     except Exception as error:
-      raise CheckpointError(f'the checkpoint of step {step} was not saved: {error}') from error
+      raise CheckpointError(
+        f'the checkpoint of step {step} was not saved: {_one_line(error)}'
+      ) from error
     if not saved:
       raise CheckpointError(f'the checkpoint of step {step} was not saved: Orbax declined it')
 
@@ -77,7 +83,7 @@ class Checkpoints:
     """Restores the newest checkpoint that verifies.
 
     Args:
-      **targets: `params` and `progress`, or one of them: trees of ShapeDtypeStruct with shardings.
+      **targets: some of `params`, `ema` and `progress`: trees of ShapeDtypeStruct with shardings.
 
     Returns:
       Its step, {item: tree of arrays}, and the data's fingerprint; None if there is no checkpoint.
@@ -88,16 +94,22 @@ class Checkpoints:
     """
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
+      damage = None
       try:
-        restored = self._read(step, targets)
+        record, trees = self._read(step, targets)
       except CheckpointError:
         raise
       except Exception as error:  # Damage takes many forms, deep inside Orbax and TensorStore.
-        damaged.append(step)
-        self._say(f'checkpoint {step} is damaged, trying an older one: {_one_line(error)}')
+        damage = _one_line(error)
+      if not distributed.all_agree(damage is None):
+        damage = damage or 'another process cannot read it'
       else:
+        damage = _wrong(record, trees)
+      if damage is None:
         self._set_aside(damaged)
-        return restored
+        return step, trees, record['data']
+      damaged.append(step)
+      self._say(f'checkpoint {step} is damaged, trying an older one: {damage}')
     if damaged:
       raise CheckpointError(
         f'no checkpoint in {self._root}/checkpoints verifies (tried steps {damaged}); '
@@ -153,24 +165,47 @@ class Checkpoints:
       _check_target(step, record['arrays'][item], target)
     items = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    trees = {item: restored[item] for item in targets}
-    for item, tree in trees.items():
-      expected = record['arrays'][item]
-      wrong = [path for path, found in describe(tree).items() if found != expected[path]]
-      if wrong:
-        raise ValueError(f'the checksum of {item}/{wrong[0]} does not verify ({len(wrong)} arrays)')
-    return step, trees, record['data']
+    return record, {item: restored[item] for item in targets}
 
   def _set_aside(self, steps):
-    if not steps or self._read_only or jax.process_index() != 0:
+    if not steps or self._read_only:
       return
-    for step in steps:
-      (folder,) = (p for p in (self._root / 'checkpoints').iterdir() if p.name == f'{step:08d}')
-      target = self._root / 'damaged' / folder.name
-      target.parent.mkdir(exist_ok=True)
-      number = sum(p.name.startswith(folder.name) for p in target.parent.iterdir())
-      folder.rename(target.with_name(f'{folder.name}.{number}'))
+    if distributed.is_first():
+      for step in steps:
+        (folder,) = (p for p in (self._root / 'checkpoints').iterdir() if p.name == f'{step:08d}')
+        target = self._root / 'damaged' / folder.name
+        target.parent.mkdir(exist_ok=True)
+        number = sum(p.name.startswith(folder.name) for p in target.parent.iterdir())
+        folder.rename(target.with_name(f'{folder.name}.{number}'))
+    distributed.wait_for_all('damaged checkpoints are set aside')
     self._manager.reload()
+
+
+def _retention(config: ConfigDict) -> dict:
+  """Options of Orbax that say which checkpoints stay."""
+  if not config.keep_best:
+    return {'max_to_keep': config.keep_checkpoints, 'keep_period': config.keep_every}
+  policies = ocp.checkpoint_managers
+  loss = operator.itemgetter('loss')
+  kept = [
+    policies.LatestN(n=config.keep_checkpoints),
+    policies.BestN(
+      get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    ),
+  ]
+  if config.keep_every is not None:
+    kept.append(policies.EveryNSteps(interval_steps=config.keep_every))
+  return {'preservation_policy': policies.AnyPreservationPolicy(kept), 'best_fn': loss}
+
+
+def _wrong(record: dict, trees: dict) -> str | None:
+  """Names an array that is not the one that was saved; None if all are."""
+  for item, tree in trees.items():
+    expected = record['arrays'][item]
+    wrong = [path for path, found in describe(tree).items() if found != expected[path]]
+    if wrong:
+      return f'the checksum of {item}/{wrong[0]} does not verify ({len(wrong)} arrays)'
+  return None
 
 
 def _check_target(step: int, saved: dict[str, list], target) -> None:

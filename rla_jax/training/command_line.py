@@ -9,10 +9,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rla_jax.data import DataError
+from rla_jax.training import distributed
 from rla_jax.training.config import get_config, leaves
 from rla_jax.training.errors import TrainingError
 
@@ -31,7 +33,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
   """Parses the flags, calls main and exits with the status it returns.
 
   Errors that a user can act on (`TrainingError`, `DataError`, those of files, of flags and of the
-  config) end the program with one line on stderr; anything else keeps its traceback.
+  config) end the program with one line on stderr; anything else keeps its traceback. One of many
+  processes ends at once, whatever its peers do.
   """
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
@@ -109,10 +112,26 @@ def _guarded(main, argv) -> int:
     return main(argv) or 0
   except (TrainingError, DataError, OSError) as error:
     _fail(str(error), FAILED)
+  except jax.errors.JaxRuntimeError as error:
+    if not distributed.is_active():
+      raise
+    lines = str(error).splitlines()
+    _fail(
+      f'process {jax.process_index()} cannot go on, another one has probably ended: '
+      f'{lines[0][:300]}; the same command goes on from the newest checkpoint',
+      FAILED,
+    )
   except KeyboardInterrupt:
     _fail('interrupted', 130)
+  except Exception:
+    if not distributed.is_active():
+      raise
+    traceback.print_exc()
+    distributed.leave(FAILED)
 
 
 def _fail(message: str, status: int) -> NoReturn:
   print(f'error: {message}', file=sys.stderr)
+  if distributed.is_active():
+    distributed.leave(status)
   sys.exit(status)

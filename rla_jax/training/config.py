@@ -19,8 +19,9 @@ from rla_jax.training.errors import ConfigError
 # Keys without effect on the trained parameters: they may change when a run is restarted.
 FREE_KEYS = frozenset({
   'log_every', 'eval_every', 'eval_tokens', 'checkpoint_every', 'keep_checkpoints', 'keep_every',
-  'max_bad_steps', 'mesh.data', 'mesh.fsdp', 'mesh.seq', 'mesh.tensor', 'data.cache_dir',
-  'data.num_threads', 'data.prefetch_batches',
+  'keep_best', 'max_bad_steps', 'watchdog_seconds', 'statistics_every', 'profile.start',
+  'profile.steps', 'compile_cache', 'wandb', 'mesh.data', 'mesh.fsdp', 'mesh.seq', 'mesh.tensor',
+  'data.cache_dir', 'data.num_threads', 'data.prefetch_batches',
 })  # fmt: skip
 
 
@@ -34,13 +35,17 @@ def get_config() -> ConfigDict:
   c.model = _section(ModelConfig)  # vocab_size None: that of the tokenizer
   c.data = _section(DataConfig)
 
-  c.optimizer = ConfigDict()  # AdamW; the rate rises linearly, then falls along a cosine
+  c.optimizer = ConfigDict()  # the rate rises linearly, then falls as schedule says
+  c.optimizer.name = 'adamw'  # or 'muon': for the blocks' matrices; AdamW for all else
+  c.optimizer.schedule = 'cosine'  # or 'wsd': constant, then linear over the last decay_steps
+  c.optimizer.decay_steps = config_dict.placeholder(int)  # of wsd; None: a tenth of steps
   c.optimizer.learning_rate = 3e-4  # peak, reached after warmup_steps
   c.optimizer.final_learning_rate = 3e-5  # at the last step
   c.optimizer.warmup_steps = 100  # steps of the linear rise from 0
   c.optimizer.beta1 = 0.9  # decay of the mean of gradients
   c.optimizer.beta2 = 0.95  # decay of the mean of their squares
   c.optimizer.eps = 1e-8  # added to the root of the latter
+  c.optimizer.muon_beta = 0.95  # decay of Muon's momentum
   c.optimizer.weight_decay = 0.1  # a step takes learning_rate * weight_decay off each matrix
   c.optimizer.clip_norm = 1.0  # largest global norm of the gradients
 
@@ -56,7 +61,19 @@ def get_config() -> ConfigDict:
   c.checkpoint_every = 500  # steps between checkpoints; the last step always has one
   c.keep_checkpoints = 3  # newest checkpoints that are kept
   c.keep_every = config_dict.placeholder(int)  # also keep those at multiples of this step
-  c.max_bad_steps = 10  # steps in a row with a loss or gradient that is not finite, then stop
+  c.keep_best = False  # also keep the one with the lowest evaluation loss
+  c.ema_decay = config_dict.placeholder(float)  # of a mean of the parameters, which is evaluated
+  c.max_bad_steps = 10  # steps in a row that are skipped, then stop
+  c.max_spike = config_dict.placeholder(float)  # skip a step whose gradient norm is so many times
+  # its running mean; None: skip only what is not finite
+  c.watchdog_seconds = 1800.0  # without a step, an evaluation or a checkpoint: end; None: never
+  c.statistics_every = config_dict.placeholder(int)  # steps between gate statistics and norms by
+  # group of parameters; None: none
+  c.profile = ConfigDict()  # a trace for XProf or Perfetto, in the folder `profile` of the run
+  c.profile.start = config_dict.placeholder(int)  # step before which it begins; None: no trace
+  c.profile.steps = 5  # steps that it covers
+  c.compile_cache = config_dict.placeholder(str)  # folder of compiled programs; None: no cache
+  c.wandb = config_dict.placeholder(str)  # project at Weights & Biases; None: nothing is sent
   c.lock()
   c.model.layer_options.unlock()  # Its keys are layers' names; ModelConfig knows which there are.
   return c
@@ -75,12 +92,20 @@ def check(config: ConfigDict) -> DataConfig:
     value = _get(config, path)
     if value is not None and value < least:
       raise ConfigError(f'{path} is {value}, expected at least {least}')
-  for path in ('optimizer.learning_rate', 'optimizer.clip_norm', 'optimizer.eps'):
-    if not _get(config, path) > 0:
-      raise ConfigError(f'{path} is {_get(config, path)}, expected more than 0')
-  for path in ('optimizer.beta1', 'optimizer.beta2'):
-    if not 0 <= _get(config, path) < 1:
-      raise ConfigError(f'{path} is {_get(config, path)}, expected at least 0 and less than 1')
+  for path in ('optimizer.learning_rate', 'optimizer.clip_norm', 'optimizer.eps',
+               'watchdog_seconds'):  # fmt: skip
+    value = _get(config, path)
+    if value is not None and not value > 0:
+      raise ConfigError(f'{path} is {value}, expected more than 0')
+  for path in ('optimizer.beta1', 'optimizer.beta2', 'optimizer.muon_beta', 'ema_decay'):
+    value = _get(config, path)
+    if value is not None and not 0 <= value < 1:
+      raise ConfigError(f'{path} is {value}, expected at least 0 and less than 1')
+  for path, known in _CHOICES.items():
+    if _get(config, path) not in known:
+      raise ConfigError(f'{path} is {_get(config, path)!r}, expected one of {list(known)}')
+  if config.max_spike is not None and not config.max_spike > 1:
+    raise ConfigError(f'max_spike is {config.max_spike}, expected more than 1')
   if config.optimizer.warmup_steps >= config.steps:
     raise ConfigError(
       f'optimizer.warmup_steps is {config.optimizer.warmup_steps}, '
@@ -118,7 +143,9 @@ _LEAST = {
   'steps': 1, 'accumulate': 1, 'optimizer.final_learning_rate': 0, 'optimizer.warmup_steps': 0,
   'optimizer.weight_decay': 0, 'log_every': 1, 'eval_every': 1, 'eval_tokens': 1,
   'checkpoint_every': 1, 'keep_checkpoints': 1, 'keep_every': 1, 'max_bad_steps': 0,
+  'statistics_every': 1, 'profile.start': 1, 'profile.steps': 1, 'optimizer.decay_steps': 1,
 }  # fmt: skip
+_CHOICES = {'optimizer.name': ('adamw', 'muon'), 'optimizer.schedule': ('cosine', 'wsd')}
 
 
 def leaves(config: ConfigDict, prefix: str = '') -> dict[str, object]:

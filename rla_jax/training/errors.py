@@ -18,4 +18,4 @@ class CheckpointError(TrainingError):
 
 
 class DivergedError(TrainingError):
-  """Loss or gradients were not finite for too many steps in a row."""
+  """Too many steps in a row had to be skipped."""

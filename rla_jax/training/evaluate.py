@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from rla_jax.data import EvaluationBatches
 from rla_jax.models import LanguageModel
-from rla_jax.sharding import batch_sharding
+from rla_jax.training.feed import to_devices
 from rla_jax.training.step import LossSums
 
 
@@ -49,6 +49,7 @@ def evaluate(
   batches: EvaluationBatches,
   mesh: Mesh,
   stop: Callable[[], bool] = lambda: False,
+  beat: Callable[[str], None] = lambda what: None,
 ) -> Evaluation | None:
   """Sums the loss over held-out documents.
 
@@ -58,6 +59,7 @@ def evaluate(
     batches: from `data.evaluation_batches`.
     mesh: where the batches go.
     stop: asked before each batch.
+    beat: told of each batch once it is evaluated.
 
   Returns:
     The sums, or None if asked to stop.
@@ -67,6 +69,9 @@ def evaluate(
     if stop():
       return None
     sums.append(eval_step(params, to_devices(batch, mesh)))
+    if len(sums) > 1:
+      jax.block_until_ready(sums[-2])  # No more than two batches ahead of the device.
+      beat(f'batch {len(sums) - 1} of an evaluation')
   nats = math.fsum(float(nll) for nll, _ in sums)
   tokens = round(math.fsum(float(count) for _, count in sums))
   if tokens != batches.num_tokens:
@@ -80,9 +85,3 @@ def loss_sums(model: LanguageModel, params, batch: dict[str, jax.Array]) -> Loss
     {'params': params}, batch['tokens'], batch['targets'], mask=batch['loss_mask'],
     segment_ids=batch['segment_ids'], keys=batch.get('keys'), method='loss',
   )  # fmt: skip
-
-
-def to_devices(batch: dict, mesh: Mesh) -> dict[str, jax.Array]:
-  """Puts this process's rows [B / processes, T] on its devices; together they are [B, T]."""
-  place = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(place, x) for name, x in batch.items()}

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 
 from tensorboardX import SummaryWriter
 
@@ -17,15 +18,29 @@ from rla_jax.training.errors import WorkdirError
 
 COLUMNS = (
   'step', 'train/loss', 'train/learning_rate', 'train/grad_norm', 'train/tokens_per_second',
-  'train/bad_steps', 'eval/loss', 'eval/perplexity', 'eval/bits_per_byte',
+  'train/mfu', 'train/productive_seconds', 'train/goodput', 'train/bad_steps', 'eval/loss',
+  'eval/perplexity', 'eval/bits_per_byte',
 )  # fmt: skip
+PRODUCTIVE = 'train/productive_seconds'
+# Behind these stand names of groups and layers; they are in metrics.jsonl and TensorBoard only.
+FAMILIES = ('grad_norm/', 'param_norm/', 'gates/')
 
 
 class MetricsWriter:
-  """Writes records to a folder; to be closed, or used as a context manager."""
+  """Writes records to a folder; to be closed, or used as a context manager.
 
-  def __init__(self, folder: pathlib.Path, start_step: int):
-    """Opens the files, keeping the records of an earlier start up to start_step."""
+  Attributes:
+    productive_seconds: spent in steps that are kept, by the records of earlier starts.
+  """
+
+  def __init__(self, folder: pathlib.Path, start_step: int, wandb: str | None = None):
+    """Opens the files, keeping the records of an earlier start up to start_step.
+
+    Args:
+      folder: the working directory.
+      start_step: step that the run goes on from.
+      wandb: project at Weights & Biases that gets the records too, as long as it answers.
+    """
     self._path = folder / 'metrics.jsonl'
     kept = [record for record in read(self._path) if record['step'] <= start_step]
     self._pending: dict[str, float] = {}
@@ -37,11 +52,13 @@ class MetricsWriter:
     shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
     self._jsonl = self._path.open('a')
     self._csv_file = (folder / 'metrics.csv').open('w', newline='')
-    self._csv = csv.DictWriter(self._csv_file, COLUMNS)
+    self._csv = csv.DictWriter(self._csv_file, COLUMNS, extrasaction='ignore')
     self._csv.writeheader()
     self._tensorboard = SummaryWriter(str(folder / 'tensorboard'))
     for record in kept:
       self._show(record)
+    self.productive_seconds = max(r.get(PRODUCTIVE) or 0.0 for r in [*kept, self._pending])
+    self._wandb = None if wandb is None else WandbRun(wandb, folder)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Adds values to the record of a step; steps never decrease. What is not finite becomes null.
@@ -49,7 +66,7 @@ class MetricsWriter:
     Raises:
       ValueError: an unknown name, or a step that has been written.
     """
-    unknown = set(values) - set(COLUMNS)
+    unknown = {name for name in set(values) - set(COLUMNS) if not name.startswith(FAMILIES)}
     if unknown:
       raise ValueError(f'metrics {sorted(unknown)} are no columns; expected some of {COLUMNS}')
     last = self._pending.get('step', step)
@@ -65,6 +82,8 @@ class MetricsWriter:
     if self._pending:
       self._jsonl.write(json.dumps(self._pending) + '\n')
       self._show(self._pending)
+      if self._wandb is not None:
+        self._wandb.log(self._pending)
       self._pending = {}
     self._jsonl.flush()
     os.fsync(self._jsonl.fileno())
@@ -77,6 +96,8 @@ class MetricsWriter:
     self._jsonl.close()
     self._csv_file.close()
     self._tensorboard.close()
+    if self._wandb is not None:
+      self._wandb.close()
 
   def __enter__(self):
     return self
@@ -89,6 +110,58 @@ class MetricsWriter:
     for name, value in record.items():
       if name != 'step' and value is not None:
         self._tensorboard.add_scalar(name, value, record['step'])
+
+
+class NoMetrics:
+  """The writer of a process that writes nothing."""
+
+  productive_seconds = 0.0
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Does nothing."""
+
+  def flush(self) -> None:
+    """Does nothing."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    pass
+
+
+class WandbRun:
+  """Records sent to Weights & Biases; whatever goes wrong there ends the sending, not the run."""
+
+  def __init__(self, project: str, folder: pathlib.Path):
+    """Starts or continues the run that is named like the folder."""
+    self._run = None
+
+    def start():
+      import wandb
+
+      self._run = wandb.init(project=project, name=folder.name, id=folder.name, resume='allow',
+                             dir=str(folder))  # fmt: skip
+
+    self._try(start)
+
+  def log(self, record: dict[str, float]) -> None:
+    """Sends a record."""
+    if self._run is not None:
+      self._try(lambda: self._run.log(dict(record), step=record['step']))
+
+  def close(self) -> None:
+    """Ends the run there."""
+    if self._run is not None:
+      self._try(lambda: self._run.finish())
+
+  def _try(self, action):
+    try:
+      action()
+    except Exception as error:  # Of a service that is not ours, over a network.
+      self._run = None
+      print(f'no more is sent to Weights & Biases: {type(error).__name__}: {error}',
+            file=sys.stderr)  # fmt: skip
 
 
 def read(path: str | os.PathLike) -> list[dict[str, float]]:

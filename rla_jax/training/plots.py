@@ -1,4 +1,4 @@
-"""Curves of training runs, drawn from their metrics."""
+"""Curves of training runs, drawn from their metrics.jsonl."""
 
 import os
 import pathlib
@@ -11,8 +11,7 @@ from rla_jax.training.metrics import read
 def draw(
   runs: Sequence[str | os.PathLike],
   output: str | os.PathLike,
-  train_metric: str = 'train/loss',
-  eval_metric: str = 'eval/loss',
+  metrics: Sequence[Sequence[str]] = (('train/loss', 'eval/loss'),),
   levels: dict[str, float] | None = None,
 ) -> None:
   """Draws metrics over steps.
@@ -20,36 +19,57 @@ def draw(
   Args:
     runs: working directories; each is a colour.
     output: image file.
-    train_metric: drawn as a thin line.
-    eval_metric: drawn with points.
-    levels: values by name that are drawn as horizontal lines, to compare with.
+    metrics: one panel for each group of names, such as 'gates/alpha/00'; those of evaluations are
+      drawn with points. A name that ends in '/' stands for all that begin with it.
+    levels: values by name that are drawn as horizontal lines in the first panel.
 
   Raises:
-    WorkdirError: a folder has no metrics.
+    WorkdirError: a folder has no metrics, or a name is in none of them.
   """
   import matplotlib
 
   matplotlib.use('agg')
   from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(figsize=(7, 4.5), layout='constrained')
-  for number, folder in enumerate(runs):
+  records = {}
+  for folder in runs:
     path = pathlib.Path(folder) / 'metrics.jsonl'
-    records = read(path)
-    if not records:
+    records[pathlib.Path(folder)] = read(path)
+    if not records[pathlib.Path(folder)]:
       raise WorkdirError(f'{path} has no metrics')
-    name = pathlib.Path(folder).name
-    for metric, style in ((train_metric, {'linewidth': 1}), (eval_metric, {'marker': 'o'})):
-      points = [(r['step'], r[metric]) for r in records if r.get(metric) is not None]
-      if points:
-        label = f'{name}: {metric}'
-        axes.plot(*zip(*points, strict=True), color=f'C{number}', label=label, **style)
+  known = sorted({name for run in records.values() for record in run for name in record})
+  size = 7, 0.5 + 4 * len(metrics)
+  figure, panels = pyplot.subplots(len(metrics), figsize=size, squeeze=False, layout='constrained')
+  for axes, names in zip(panels[:, 0], metrics, strict=True):
+    for number, (folder, run) in enumerate(records.items()):
+      for shade, name in enumerate(_expand(names, known)):
+        _draw_one(axes, run, name, f'{folder.name}: {name}', f'C{number}', shade)
+    axes.set_ylabel(', '.join(names))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize='small')
   for number, (name, level) in enumerate((levels or {}).items()):
+    axes = panels[0, 0]
     axes.axhline(level, color='gray', linestyle=('dotted', 'dashed', 'dashdot')[number % 3])
     axes.annotate(name, (1, level), xycoords=('axes fraction', 'data'), ha='right', va='bottom')
-  axes.set_xlabel('step')
-  axes.set_ylabel(f'{train_metric}, {eval_metric}')
-  axes.grid(alpha=0.3)
-  axes.legend()
+  panels[-1, 0].set_xlabel('step')
   figure.savefig(output, dpi=150)
   pyplot.close(figure)
+
+
+def _draw_one(axes, run, name, label, color, shade):
+  points = [(record['step'], record[name]) for record in run if record.get(name) is not None]
+  if points:
+    style = {'marker': 'o'} if name.startswith('eval/') else {'linewidth': 1}
+    axes.plot(*zip(*points, strict=True), color=color, alpha=max(0.2, 1 - 0.1 * shade), label=label,
+              **style)  # fmt: skip
+
+
+def _expand(names, known) -> list[str]:
+  """The metrics that some names stand for."""
+  found = []
+  for name in names:
+    matches = [k for k in known if k == name or (name.endswith('/') and k.startswith(name))]
+    if not matches:
+      raise WorkdirError(f'no run has the metric {name!r}; there are {", ".join(known)}')
+    found += matches
+  return found

@@ -2,8 +2,25 @@
 
 import sys
 import time
+from typing import NamedTuple
 
 from tqdm import tqdm
+
+
+class Rate(NamedTuple):
+  """How fast a run is.
+
+  Attributes:
+    tokens_per_second: targets a second.
+    step_seconds: seconds a step.
+    seconds: that were measured.
+    seconds_left: until the end of the run.
+  """
+
+  tokens_per_second: float
+  step_seconds: float
+  seconds: float
+  seconds_left: float
 
 
 class Progress:
@@ -12,16 +29,19 @@ class Progress:
   The clock stops in `pause`, so that evaluations, checkpoints and compilation do not count.
   """
 
-  def __init__(self, steps: int):
-    """For a run of so many steps."""
-    self._steps = steps
-    self._bar = tqdm(total=steps, unit='step', disable=None, dynamic_ncols=True)
+  def __init__(self, steps: int, silent: bool = False):
+    """For a run of so many steps; silent: of a process that another speaks for."""
+    self._steps, self._silent = steps, silent
+    disable = True if silent else None
+    self._bar = tqdm(total=steps, unit='step', disable=disable, dynamic_ncols=True)
     self._clock: float | None = None
     self._tokens, self._counted, self._seconds = 0, 0, 0.0
     self._step = 0
 
   def say(self, text: str) -> None:
     """Prints lines above the bar."""
+    if self._silent:
+      return
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
@@ -40,17 +60,18 @@ class Progress:
     """Stops the clock until the next step has finished."""
     self._clock = None
 
-  def rate(self) -> tuple[float, float] | None:
-    """Tokens a second since the last call, and the seconds that the rest of the run will take.
+  def rate(self) -> Rate | None:
+    """The speed since the last call.
 
     None if no step has been timed since: the clock stands until the first step after a pause.
     """
     if not self._seconds:
       return None
     speed = self._tokens / self._seconds
-    left = (self._steps - self._step) * self._seconds / self._counted
+    step = self._seconds / self._counted
+    found = Rate(speed, step, self._seconds, (self._steps - self._step) * step)
     self._tokens, self._counted, self._seconds = 0, 0, 0.0
-    return speed, left
+    return found
 
   def __enter__(self):
     return self

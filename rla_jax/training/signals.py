@@ -1,19 +1,35 @@
-"""SIGTERM and Ctrl-C as a request to save and leave."""
+"""SIGTERM and Ctrl-C as a request to save and leave, at the same step on every process."""
 
 import signal
 import threading
 
+from jax.experimental import multihost_utils
+
+from rla_jax.training import distributed
+
 
 class StopRequest:
-  """Context in which SIGTERM and SIGINT set `name`; a second SIGINT interrupts at once."""
+  """Context in which SIGTERM and SIGINT set `name`; a second SIGINT interrupts at once.
+
+  With many processes, JAX takes SIGTERM: whichever process gets it, all learn of it, and agree on
+  a step that none of them has passed.
+  """
 
   def __init__(self):
     """Nothing has been asked for yet."""
     self.name: str | None = None
     self._previous = {}
+    self._shared = False
+
+  def reached(self, step: int) -> bool:
+    """Whether to stop before the step of this number; to be asked once a step, on all processes."""
+    if self._shared and multihost_utils.reached_preemption_sync_point(step):
+      self.name = 'SIGTERM'
+    return bool(self)
 
   def __enter__(self):
-    if threading.current_thread() is threading.main_thread():
+    self._shared = distributed.is_active()
+    if threading.current_thread() is threading.main_thread() and not self._shared:
       for number in (signal.SIGTERM, signal.SIGINT):
         self._previous[number] = signal.signal(number, self._receive)
     return self

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from rla_jax.shapes import Array, Float
 from rla_jax.training.optimizer import learning_rate
 from rla_jax.training.state import TrainState
+from rla_jax.training.statistics import norms
 
 # Sums over a batch's targets of their negative log likelihoods in nats, and their number.
 LossSums = tuple[Float[Array, ''], Float[Array, '']]
@@ -26,7 +27,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, '']]]:
   """Updates the parameters with the gradient of the mean loss over the batch's targets.
 
-  A step whose loss or gradient is not finite leaves parameters and optimiser as they were.
+  A step whose loss or gradient is not finite leaves parameters and optimiser as they were, as does
+  one whose gradient norm is more than config.max_spike times its running mean.
 
   Args:
     state: the state before.
@@ -37,7 +39,8 @@ def train_step(
 
   Returns:
     The state after, and scalars: loss (mean, in nats a token), grad_norm (before clipping),
-    learning_rate, tokens (targets of the batch), bad_steps.
+    learning_rate, tokens (targets of the batch), bad_steps; with config.statistics_every, norms of
+    gradients and parameters by group.
   """
   if config.model.embedding_dropout > 0:
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -47,6 +50,9 @@ def train_step(
   count = jnp.maximum(count, 1)
   gradient = jax.tree.map(lambda g: g / count, gradient)
   norm = optax.tree.norm(gradient)
+  extras = {}
+  if config.statistics_every is not None:
+    extras = norms(gradient, 'grad_norm') | norms(state.params, 'param_norm')
   clip = jnp.minimum(1.0, config.optimizer.clip_norm / norm)
   gradient = jax.tree.map(lambda g: g * clip, gradient)
 
@@ -55,11 +61,22 @@ def train_step(
   params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
 
   good = jnp.isfinite(nll) & jnp.isfinite(norm)
+  usual = state.usual_norm
+  if usual is not None:
+    known = state.step >= config.optimizer.warmup_steps
+    good &= ~(known & (usual > 0) & (norm > config.max_spike * usual))
+    usual = jnp.where(good, jnp.where(usual > 0, 0.98 * usual + 0.02 * norm, norm), usual)
+  average = state.ema
+  if average is not None:
+    moved = jax.tree.map(lambda a, p: a + (1 - config.ema_decay) * (p - a), average, params)
+    average = _select(good, moved, average)
   state = TrainState(
     step=state.step + 1,
     bad_steps=jnp.where(good, 0, state.bad_steps + 1),
     params=_select(good, params, state.params),
     optimizer=_select(good, optimizer_state, state.optimizer),
+    ema=average,
+    usual_norm=usual,
   )
   return state, {
     'loss': nll / count,
@@ -67,6 +84,7 @@ def train_step(
     'learning_rate': rate,
     'tokens': count,
     'bad_steps': state.bad_steps,
+    **extras,
   }
 
 

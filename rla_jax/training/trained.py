@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,6 +16,8 @@ from rla_jax.training.checkpoints import Checkpoints
 from rla_jax.training.config import check, model_config
 from rla_jax.training.errors import CheckpointError
 from rla_jax.training.evaluate import Evaluation, evaluate, loss_sums
+from rla_jax.training.feed import share
+from rla_jax.training.state import initial_params
 from rla_jax.training.workdir import read_config
 
 
@@ -27,7 +28,7 @@ class TrainedModel:
   Attributes:
     config: that it was trained with.
     model: the module.
-    params: its parameters, on the devices of the mesh.
+    params: its parameters, or their running mean if one was kept, on the devices of the mesh.
     tokenizer: what its ids mean.
     step: training steps behind it.
   """
@@ -55,24 +56,20 @@ def load(workdir: str | os.PathLike, mesh: Mesh) -> TrainedModel:
   config = read_config(root)
   tokenizer = data.tokenizer_of(check(config))
   model = LanguageModel(model_config(config, tokenizer.vocab_size))
-
-  def init(key):
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))['params']
-
-  shapes = jax.eval_shape(init, jax.random.key(0))
+  shapes = jax.eval_shape(functools.partial(initial_params, model), jax.random.key(0))
   target = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
     sharding.shardings(shapes, mesh),
   )
-  found = None
+  found, item = None, 'params' if config.ema_decay is None else 'ema'
   if (root / 'checkpoints').is_dir():
     with Checkpoints(root) as checkpoints:
-      found = checkpoints.restore(params=target)
+      found = checkpoints.restore(**{item: target})
   if found is None:
     raise CheckpointError(f'{root} has no checkpoint yet')
   step, trees, _ = found
-  return TrainedModel(config, model, trees['params'], tokenizer, step)
+  return TrainedModel(config, model, trees[item], tokenizer, step)
 
 
 def evaluate_run(
@@ -99,7 +96,7 @@ def evaluate_run(
     rows = -(-data_config.batch_size // trained.config.accumulate // places) * places
     batches = data.evaluation_batches(
       data_config, corpus, batch_size=rows, max_tokens=max_tokens,
-      process_index=jax.process_index(), process_count=jax.process_count(),
+      **share(mesh),
     )  # fmt: skip
     step = jax.jit(functools.partial(loss_sums, trained.model))
     return trained.step, evaluate(step, trained.params, batches, mesh)

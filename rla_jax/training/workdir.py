@@ -62,6 +62,8 @@ def claimed(workdir: str | os.PathLike, config: ConfigDict) -> Iterator[pathlib.
 
 def write_config(root: pathlib.Path, config: ConfigDict) -> None:
   """Writes config.json, once all that can be wrong with the config has been checked."""
+  if jax.process_index() != 0:
+    return
   text = json.dumps(leaves(config), indent=1) + '\n'
   partial = root / 'config.json.partial'
   partial.write_text(text)
@@ -92,6 +94,8 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
 
 def record_start(root: pathlib.Path, step: int) -> None:
   """Appends to starts.jsonl what a reader needs to know to repeat the run."""
+  if jax.process_index() != 0:
+    return
   record = {
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'step': step,
@@ -112,7 +116,9 @@ def _check_owner(root: pathlib.Path, config: ConfigDict) -> None:
     if results:
       raise WorkdirError(f'workdir {root} holds {results[0]} but no config.json; choose another')
     return
-  saved, current = _saved(root), json.loads(json.dumps(leaves(config)))
+  # Keys that an earlier version did not know had their defaults.
+  defaults = json.loads(json.dumps(leaves(get_config())))
+  saved, current = defaults | _saved(root), json.loads(json.dumps(leaves(config)))
   differences = [
     f'  {path}: {_shown(saved, path)} there, {_shown(current, path)} now'
     for path in {**saved, **current}

@@ -42,6 +42,11 @@ def test_unknown_keys_and_wrong_types_fail_where_they_are_written():
     ('optimizer.learning_rate', 0.0, 'optimizer.learning_rate is 0.0, expected more than 0'),
     ('optimizer.beta2', 1.0, 'optimizer.beta2 is 1.0'),
     ('optimizer.warmup_steps', 6, 'expected less than steps, 6'),
+    ('optimizer.name', 'adam', "optimizer.name is 'adam', expected one of"),
+    ('optimizer.schedule', 'linear', "optimizer.schedule is 'linear'"),
+    ('ema_decay', 1.0, 'ema_decay is 1.0'),
+    ('max_spike', 1.0, 'max_spike is 1.0, expected more than 1'),
+    ('watchdog_seconds', 0.0, 'watchdog_seconds is 0.0, expected more than 0'),
     ('accumulate', 3, 'accumulate is 3, which does not divide data.batch_size, 8'),
     ('data.seq_len', 0, 'data: seq_len is 0'),
     ('model.dtype', 'float33', "model: dtype is 'float33'"),
@@ -62,7 +67,7 @@ def test_values_that_are_refused(config, path, value, message):
     ({'accumulate': 2}, 'batch_size is 8, .* accumulate = 2; the nearest that does: 16'),
     ({'mesh.data': 3}, 'data 3, .*does not fill 8 devices'),
     ({'mesh.fsdp': -1}, '-1 for one of them'),
-    ({'mesh.seq': 2}, 'mesh.seq is 2, expected 1'),
+    ({'mesh.data': 1, 'mesh.seq': 8, 'data.seq_len': 12}, 'mesh.seq is 8, .* not divide'),
   ],
 )
 def test_meshes_that_are_refused(config, overrides, message):

@@ -7,7 +7,7 @@ import pytest
 
 from rla_jax.models import LanguageModel
 from rla_jax.training.config import get_config, model_config
-from rla_jax.training.optimizer import decays, learning_rate
+from rla_jax.training.optimizer import decays, learning_rate, make_optimizer, muon_labels
 
 
 @pytest.fixture
@@ -46,3 +46,49 @@ def test_decay_skips_norms_gates_and_taps():
     found[decayed].add(jax.tree_util.keystr(path, simple=True, separator='/').split('/')[-1])
   assert found[False] == {'scale', 'norm_scale', 'A_log', 'dt_bias', 'q_conv', 'k_conv', 'v_conv'}
   assert {'embedding', 'head', 'q_proj', 'o_proj', 'gate_proj', 'beta_proj'} <= found[True]
+
+
+def test_wsd_is_constant_and_then_falls_linearly():
+  config = get_config()
+  config.steps = 100
+  config.optimizer.update({
+    'schedule': 'wsd', 'warmup_steps': 10, 'decay_steps': 20, 'learning_rate': 1.0,
+    'final_learning_rate': 0.2,
+  })  # fmt: skip
+  rates = [float(learning_rate(jnp.int32(done - 1), config)) for done in (5, 10, 50, 80, 90, 100)]
+  np.testing.assert_allclose(rates, [0.5, 1.0, 1.0, 1.0, 0.6, 0.2], rtol=1e-5)
+
+
+def test_muon_orthogonalises_every_layer_s_matrix_and_nothing_else():
+  config = get_config()
+  config.optimizer.name = 'muon'
+  config.optimizer.weight_decay = 0.0
+  rng = np.random.default_rng(0)
+  shapes = {
+    'embedding': (12, 8), 'head': (8, 12),
+    'blocks': {'block_0': {'mixer': {
+      'q_proj': (2, 8, 8), 'beta_proj': (2, 8, 2), 'decay_proj': (2, 8, 2), 'q_conv': (2, 4, 8),
+      'A_log': (2, 2),
+    }, 'ffn': {'up_proj': (2, 8, 24)}}},
+  }  # fmt: skip
+  is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+  params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), 'f4'), shapes, is_leaf=is_shape)
+  labels = muon_labels(params)
+  assert labels['embedding'] == labels['head'] == 'adamw'
+  mixer = labels['blocks']['block_0']['mixer']
+  assert {name for name, label in mixer.items() if label == 'muon'} == {'q_proj'}
+  assert labels['blocks']['block_0']['ffn']['up_proj'] == 'muon'
+
+  optimizer = make_optimizer(config)
+  updates, _ = optimizer.update(params, optimizer.init(params), params)
+  up = updates['blocks']['block_0']['ffn']['up_proj']
+  for layer in up:  # Each layer's own: singular values near 1 times the scale, 0.2 sqrt(24).
+    values = np.linalg.svd(layer, compute_uv=False) / (0.2 * 24**0.5)
+    assert 0.5 < values.min() <= values.max() < 1.5
+  adam = make_optimizer(get_config())
+  other, _ = adam.update(params, adam.init(params), params)
+  sizes = [float(jnp.sqrt(jnp.mean(x['blocks']['block_0']['ffn']['up_proj'] ** 2)))
+           for x in (updates, other)]  # fmt: skip
+  assert sizes[0] == pytest.approx(0.2 * (24 / 24) ** 0.5, rel=0.3)
+  plain = other['embedding'] - get_config().optimizer.weight_decay * params['embedding']
+  np.testing.assert_allclose(updates['embedding'], plain, rtol=1e-4, atol=1e-6)

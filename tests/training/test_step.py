@@ -97,3 +97,39 @@ def test_steps_that_are_not_finite_change_nothing(batch, params, step):
   assert int(result['bad_steps']) == 0
   assert int(state.step) == 4
   assert np.any(state.params['kernel'] != good_state.params['kernel'])
+
+
+def test_a_spike_changes_nothing_once_the_rate_has_warmed_up(batch, params, config):
+  config.max_spike = 3.0
+  config.optimizer.warmup_steps = 2
+  optimizer = make_optimizer(config)
+  step = jax.jit(functools.partial(
+    train_step, loss_sums=loss_sums, optimizer=optimizer, config=config
+  ))  # fmt: skip
+  zero = jnp.zeros((), jnp.int32)
+  state = TrainState(zero, zero, params, optimizer.init(params), usual_norm=jnp.zeros(()))
+  batch = jax.tree.map(jnp.float32, batch)
+  spike = {**batch, 'y': 100 * batch['y']}
+  state, result = step(state, batch)
+  assert float(state.usual_norm) == float(result['grad_norm'])
+  state, result = step(state, spike)  # While the rate rises, norms may change as they like.
+  assert int(result['bad_steps']) == 0
+  state = state.replace(usual_norm=jnp.float32(step(state, batch)[1]['grad_norm']))
+  after, result = step(state, spike)
+  assert int(result['bad_steps']) == 1
+  np.testing.assert_array_equal(after.params['kernel'], state.params['kernel'])
+  assert float(after.usual_norm) == float(state.usual_norm)
+
+
+def test_mean_of_the_parameters(batch, params, config):
+  config.ema_decay = 0.75
+  optimizer = make_optimizer(config)
+  step = functools.partial(train_step, loss_sums=loss_sums, optimizer=optimizer, config=config)
+  zero = jnp.zeros((), jnp.int32)
+  state = TrainState(zero, zero, params, optimizer.init(params), ema=params)
+  wanted = params['kernel']
+  for _ in range(3):
+    state, _ = step(state, jax.tree.map(jnp.float32, batch))
+    wanted = 0.75 * wanted + 0.25 * state.params['kernel']
+  np.testing.assert_allclose(state.ema['kernel'], wanted, rtol=1e-6)
+  assert state.evaluated is state.ema

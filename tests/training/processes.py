@@ -1,0 +1,90 @@
+"""Starts training runs in processes of their own, alone or joined."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+from rla_jax.training.workdir import write_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = """
+import os, signal, sys, time
+from rla_jax.training import command_line, distributed, train
+from rla_jax.training.workdir import read_config
+
+distributed.define_flags()
+reported = train.Report.step
+
+
+def step(self, number, result):
+  reported(self, number, result)
+  print('step', number, flush=True)
+  {hook}
+
+
+def main(argv):
+  distributed.initialize()
+  process = os.environ['PROCESS']
+  train.Report.step = step
+  outcome = train.train_and_evaluate(read_config(os.environ['CONFIG']), os.environ['WORKDIR'])
+  print('ended', outcome.step, outcome.stopped_by, repr(outcome.evaluation), flush=True)
+
+
+command_line.run(main)
+"""
+
+
+def start(config, workdir, count=1, devices=8, hook='pass') -> list[subprocess.Popen]:
+  """Starts a run of so many processes; `hook` is a statement that they run after each step.
+
+  It knows `number`, the step, and `os.environ['PROCESS']`, the process that it runs in.
+  """
+  folder = pathlib.Path(f'{workdir}-config')
+  folder.mkdir(exist_ok=True)
+  write_config(folder, config)
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  started = []
+  for process in range(count):
+    flags = [
+      f'--coordinator=localhost:{port}', f'--num_processes={count}', f'--process_id={process}'
+    ]  # fmt: skip
+    environment = {
+      **os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices // count}',
+      'JAX_PLATFORMS': 'cpu', 'PROCESS': str(process), 'CONFIG': str(folder),
+      'WORKDIR': str(workdir),
+    }  # fmt: skip
+    started.append(subprocess.Popen(
+      [sys.executable, '-c', PROGRAM.format(hook=hook), *(flags if count > 1 else [])],
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ))  # fmt: skip
+  return started
+
+
+def end(started, timeout=120) -> list[tuple[int, str, str]]:
+  """Waits for all; exit status, stdout and stderr of each. Kills what is left after the timeout."""
+  try:
+    found = []
+    for process in started:
+      output, errors = process.communicate(timeout=timeout)
+      found.append((process.returncode, output, errors))
+    return found
+  finally:
+    for process in started:
+      process.kill()
+
+
+def wait_for(process, line) -> None:
+  """Reads the process's output until it has printed a line that begins so."""
+  for found in process.stdout:
+    if found.startswith(line):
+      return
+  raise AssertionError(f'{line!r} never came: {process.stderr.read()}')
+
+
+def last_line(text: str) -> str:
+  """The last line of what a process said."""
+  return text.strip().splitlines()[-1]
