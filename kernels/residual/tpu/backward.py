@@ -118,43 +118,61 @@ def _chunk(ins, outs, c, n, h, plan):
 
   kq = jnp.concatenate([k, q])
   gram = multiply(kq, jnp.concatenate([k, k]), NT)
-  base, d_base = ins['bases'][0, h, n], outs['dbase'][0, h]
-  d_base_low = d_base.astype(dtype)
-  kq_base = multiply(kq, base)
+  # States and their gradients are read from memory at each use: there are no registers for them.
+  def state(name):
+    return ins[name][0, h, n]
+  def d_state(name):
+    return outs[name][0, h]
+  kq_base = multiply(kq, state('bases'))
   k_base, q_base = kq_base[:chunk], kq_base[chunk:]
-  k_dbase = multiply(k, d_base_low)
+  k_dbase = multiply(k, d_state('dbase'))
+  kept = _column_sums(d_state('dbase') * state('bases').astype(jnp.float32))
   if rule.residual:
-    residual, d_residual = ins['residuals'][0, h, n], outs['dresidual'][0, h]
-    d_residual_low = d_residual.astype(dtype)
     if rule.delta:
-      kq_residual = multiply(kq, residual)
+      kq_residual = multiply(kq, state('residuals'))
       k_residual, q_residual = kq_residual[:chunk], kq_residual[chunk:]
     else:
-      q_residual = multiply(q, residual)
-    k_dresidual = multiply(k, d_residual_low)
+      q_residual = multiply(q, state('residuals'))
+    k_dresidual = multiply(k, d_state('dresidual'))
+    kept += _column_sums(d_state('dresidual') * state('residuals').astype(jnp.float32))
   yield
 
-  # What the forward pass had: U, W and the mask of the clip.
+  # What the forward pass had: U, W and the mask of the clip. Terms of the gates' gradients are
+  # added up as soon as they are known, so that few tiles wait for the end.
   decay = tiles.decay_pair(c, chunk)
   unit, gate, read_base, read_residual = read_out(c, decay, plan)
   decay = decay[:, :chunk]
   unit_scores = unit * gram[chunk:]
   scores = unit_scores * gate
   px = decay * gram[:chunk, :chunk]
+  do_wide = do.astype(jnp.float32)
+  row_upto, row_before, row_gamma = [read_base * q_base * do_wide], [], []
   f_base = values('f_base').astype(jnp.float32) if rule.delta else v
   u = b * f_base
   uw = u.astype(dtype)
+  k_dbase = to_end * k_dbase
+  carried = u * k_dbase
   if rule.residual:
+    residual_row = e * q_residual * do_wide
+    if rule.gated:
+      row_upto, row_gamma = [row_upto[0] + g * residual_row], [residual_row]
+    else:
+      row_upto, row_before = [residual_row], row_upto
     # As the forward pass rounds it, for the same mask.
-    p = from_start * k_base + multiply(px * c.row(tokens.BETA), f_base)
+    k_base = from_start * k_base
+    p = k_base + multiply(px * c.row(tokens.BETA), f_base)
     yield
     d = v - p
     clipped = d if rule.clip is None else jnp.clip(d, -rule.clip, rule.clip)
     f_residual = values('f_residual').astype(jnp.float32) if rule.delta else clipped
     w = g * f_residual
     uw = jnp.concatenate([uw, w.astype(dtype)])
+    k_dresidual = to_end * k_dresidual
+    carried = carried + w * k_dresidual
   else:
     unit, unit_scores, scores = unit[:, :chunk], unit_scores[:, :chunk], scores[:, :chunk]
+  row_upto = [row_upto[0] - carried]
+  at_end = _column_sums(carried) + keep * kept
   d_scores = multiply(do, uw, NT)
   d_uw = multiply(scores, do, TN)
   px_t = px.T
@@ -162,30 +180,45 @@ def _chunk(ins, outs, c, n, h, plan):
     inverse_t = ins['inverse'][0, h, n].astype(jnp.float32).T
   yield
 
-  du = d_uw[:chunk] + to_end * k_dbase
-  d_gamma = jnp.zeros((chunk, 1), jnp.float32)
+  du = d_uw[:chunk] + k_dbase
+  read = unit_scores * d_scores
+  nq = d_scores * unit * gate
   if rule.residual:
-    dw = d_uw[chunk:] + to_end * k_dresidual
+    nq = nq[:, :chunk] + nq[:, chunk:]
+    if rule.gated:
+      is_second = iota(read.shape, 1) >= chunk
+      row_gamma += [jnp.where(is_second, read, 0.0)]
+      tile_upto, tile_before = [read * gate], []
+    else:
+      tile_upto, tile_before = [read[:, chunk:]], [read[:, :chunk]]
+    dw = d_uw[chunk:] + k_dresidual
     dz, d_strength = g * dw, dw
     if rule.delta:
       dz = multiply(inverse_t[chunk:], dz)
       yield
       d_strength = dw - multiply(px_t, a * dz)
-    d_gamma = _row_sums(f_residual * d_strength)
+    d_gamma = _row_sums(f_residual * d_strength, *row_gamma)
     dd = dz if rule.clip is None else jnp.where(jnp.abs(d) < rule.clip, dz, 0.0)
+    row_before += [-k_base * dd]
     du = du - multiply(px_t, dd)
     yield
+  else:
+    tile_upto, tile_before = [read], []
+    d_gamma = jnp.zeros((chunk, 1), jnp.float32)
   dy, d_strength = b * du, du
   if rule.delta:
     dy = multiply(inverse_t[:chunk], dy)
     yield
     d_strength = du - multiply(px_t, a * dy)
+    k_start = k_base if rule.residual else from_start * k_base
+    erased = dy * k_start + dz * from_start * k_residual if rule.residual else dy * k_start
+    row_upto = [row_upto[0] - a * erased]
   d_beta = _row_sums(f_base * d_strength)
   dv = dy + dd if rule.residual else dy
   outs['dv'][0, at, plan.values_of(h)] = dv.astype(outs['dv'].dtype)
 
   # Gradients of the tiles that read the keys: Px by its rows' Gx, A = a Px by their G.
-  u_low, do = uw[:chunk], do.astype(jnp.float32)
+  u_low = uw[:chunk]
   d_px, d_a = [], []
   if rule.residual and rule.delta:
     both = multiply(jnp.concatenate([dd, a * dy]), u_low, NT)
@@ -195,73 +228,44 @@ def _chunk(ins, outs, c, n, h, plan):
   elif rule.delta:
     d_a = [-multiply(a * dy, u_low, NT)]
   nk = [x * decay for x in (d_px + d_a)]
-  nq = d_scores * unit * gate
-  if rule.residual:
-    nq = nq[:, :chunk] + nq[:, chunk:]
+  tile_upto += [x * px for x in d_a]
+  tile_before += [x * px for x in d_px]
 
   # Through the keys and queries, and through the states: [dK; dQ] where both meet one operand.
-  from_base = read_base * do
+  from_base = read_base * do_wide
   dx = [-from_start * dd] if rule.residual else []
   dx += [-e * dy] if rule.delta else []
   left = jnp.concatenate([sum(nk), nq]) if nk else nq
   into_base = jnp.concatenate([sum(dx), from_base]) if dx else from_base
   meets = kq if nk else q
-  dkq = multiply(left, k) + multiply(into_base, base, NT)
+  dkq = multiply(left, k) + multiply(into_base, state('bases'), NT)
   dk, dq = dkq[:-chunk], dkq[-chunk:]
-  dk_more = multiply(left, meets, TN) + multiply(to_end * u, d_base_low, NT)
+  dk_more = multiply(left, meets, TN) + multiply(to_end * u, d_state('dbase'), NT)
   dk = dk + dk_more if nk else dk_more
   new_dbase = multiply(meets, into_base, TN)
-  outs['dbase'][0, h] = jnp.where(keep > 0, keep * d_base, 0.0) + new_dbase
+  outs['dbase'][0, h] = jnp.where(keep > 0, keep * d_state('dbase'), 0.0) + new_dbase
   if rule.residual:
-    from_residual = read_residual * do
+    from_residual = read_residual * do_wide
     into = jnp.concatenate([-e * dz, from_residual]) if rule.delta else from_residual
-    dkq = multiply(into, residual, NT)
+    dkq = multiply(into, state('residuals'), NT)
     dq = dq + dkq[-chunk:]
-    dk = dk + multiply(to_end * w, d_residual_low, NT)
+    dk = dk + multiply(to_end * w, d_state('dresidual'), NT)
     dk = dk + dkq[:chunk] if rule.delta else dk
     new_dresidual = multiply(kq if rule.delta else q, into, TN)
-    outs['dresidual'][0, h] = jnp.where(keep > 0, keep * d_residual, 0.0) + new_dresidual
+    kept_dresidual = jnp.where(keep > 0, keep * d_state('dresidual'), 0.0)
+    outs['dresidual'][0, h] = kept_dresidual + new_dresidual
   _store_shared(outs['dq'], dq, at, h, plan)
   _store_shared(outs['dk'], dk, at, h, plan)
-  yield
 
   # Gradients of the decays: everything with exponent G_i - G_j or G_i in `upto`, Gx_i in `before`.
-  read = unit_scores * d_scores
-  tile_upto, tile_before = [x * px for x in d_a], [x * px for x in d_px]
-  row_upto, row_before = [], []
-  carried = u * k_dbase
-  kept = _total(d_base * base.astype(jnp.float32))
-  if rule.residual:
-    first, second = read[:, :chunk], read[:, chunk:]
-    read_row = from_base * q_base
-    residual_row = e * q_residual * do
-    if rule.gated:
-      d_gamma = d_gamma + _row_sums(residual_row) + _row_sums(second)
-      tile_upto += [first, c.column(tokens.GAMMA, chunk) * second]
-      row_upto += [read_row, g * residual_row]
-    else:
-      tile_before += [first]
-      tile_upto += [second]
-      row_before += [read_row]
-      row_upto += [residual_row]
-    row_before += [-from_start * k_base * dd]
-    if rule.delta:
-      row_upto += [-e * (dy * k_base + dz * k_residual)]
-    carried = carried + w * k_dresidual
-    kept = kept + _total(d_residual * residual.astype(jnp.float32))
-  else:
-    tile_upto += [read]
-    row_upto += [from_base * q_base]
-    if rule.delta:
-      row_upto += [-e * (dy * k_base)]
-  carried = to_end * carried
-  at_end = _total(carried) + keep * kept
-  d_upto = _row_sums(sum(tile_upto)) + _row_sums(sum(row_upto) - carried)
+  d_upto = _row_sums(*tile_upto, *row_upto)
   d_before = jnp.zeros((chunk, 1), jnp.float32)
   if rule.residual:
-    d_before = _row_sums(sum(tile_before)) + _row_sums(sum(row_before))
-  columns = -jnp.sum(sum(tile_upto + tile_before), axis=0, keepdims=True)
-  columns = columns + jnp.where(iota((1, chunk), 1) == chunk - 1, at_end, 0.0)
+    d_before = _row_sums(*tile_before, *row_before)
+  columns = [_column_sums(x) for x in tile_upto + tile_before]
+  columns = -sum(x if x.shape[1] == chunk else x[:, :chunk] + x[:, chunk:] for x in columns)
+  is_last = iota((1, chunk), 1) == chunk - 1
+  columns = columns + jnp.where(is_last, _row_sums(at_end), 0.0)
 
   lane = iota((chunk, tokens.ROWS), 1)
   packed = jnp.zeros((chunk, tokens.ROWS), jnp.float32)
@@ -274,12 +278,16 @@ def _chunk(ins, outs, c, n, h, plan):
   outs['d_rows'][0, h, n] = packed.T + jnp.where(is_upto, columns, 0.0)
 
 
-def _row_sums(x):
-  return jnp.sum(x, axis=1, keepdims=True)
+def _row_sums(*tiles):
+  """Sums along the lanes; tiles of one width are added first, a reduction across lanes is dear."""
+  widths = {}
+  for x in tiles:
+    widths[x.shape[1]] = widths[x.shape[1]] + x if x.shape[1] in widths else x
+  return sum(jnp.sum(x, axis=1, keepdims=True) for x in widths.values())
 
 
-def _total(x):
-  return jnp.sum(jnp.sum(x, axis=0, keepdims=True), axis=1, keepdims=True)
+def _column_sums(x):
+  return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _store_shared(ref, x, at, h, plan):

@@ -24,7 +24,7 @@ def step(
   batch, heads, key_dim, value_dim = base_BHKV.shape
   keys = q_BGK.shape[1]
   group = heads // keys
-  block = _heads_of_block(heads, group, key_dim * value_dim)
+  block = heads_of_block(heads, group, key_dim * value_dim)
   block_keys = max(1, block // group)
   padding = [(0, 0), (0, 0), (0, -key_dim % blocks.LANES)]
   # A dimension of one in front of the lanes: any number of heads is then a legal block.
@@ -100,7 +100,7 @@ def _read(state, column):
   return jnp.sum(state * column, axis=0, keepdims=True)
 
 
-def _heads_of_block(heads, group, size):
+def heads_of_block(heads, group, size):
   """The largest divisor of the heads that fits and covers whole groups or divides one."""
   most = max(1, STATE_BYTES // (8 * 4 * size))
   def fits(h):
