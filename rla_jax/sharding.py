@@ -152,6 +152,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(rows_of(mesh, x.shape[0]), *axes))
 
 
+def gathered(parameter: jax.Array, *axes: str | None) -> jax.Array:
+  """A parameter as it is used: its parts of the axis fsdp together, split along `axes` only.
+
+  XLA does that by itself for matrix products. For a look-up it would rather gather the tokens of
+  all devices, and with them activations.
+  """
+  mesh = in_force()
+  return parameter if mesh is None else jax.lax.with_sharding_constraint(parameter, P(*axes))
+
+
 def table(tree, shardings) -> str:
   """Lists arrays with shape, dtype, sharding and bytes a device, and the sum of these bytes."""
   rows, total = [], 0

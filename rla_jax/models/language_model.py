@@ -166,7 +166,8 @@ class LanguageModel(nn.Module):
 
   def _trunk(self, tokens, segment_ids, cache, keys=None):
     dtype = jnp.dtype(self.config.dtype)
-    x_BTD = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+    table_SD = sharding.gathered(self.embedding, 'tensor', None)
+    x_BTD = jnp.take(table_SD, tokens, axis=0).astype(dtype)
     x_BTD = sharding.constrain(x_BTD, None if cache is not None else 'seq', None)
     if keys is not None and self.config.embedding_dropout > 0:
       # A key a row: what is dropped depends neither on the mesh nor on the parts of a batch.

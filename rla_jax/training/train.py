@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import time
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -154,13 +155,17 @@ def shared_keys(config: ConfigDict) -> dict[str, object]:
   return {path: value for path, value in leaves(config).items() if path != 'data.cache_dir'}
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh that the config asks for.
+
+  Args:
+    config: the whole config.
+    devices: attached or described; None: all that are attached.
 
   Raises:
     ConfigError: it does not fill the devices, or the rows of a batch do not divide over it.
   """
-  mesh = _config_errors(sharding.make_mesh, **config.mesh)
+  mesh = _config_errors(sharding.make_mesh, **config.mesh, devices=devices)
   if config.data.seq_len % mesh.shape['seq']:
     raise ConfigError(
       f'mesh.seq is {mesh.shape["seq"]}, which does not divide data.seq_len, {config.data.seq_len}'

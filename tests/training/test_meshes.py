@@ -86,9 +86,10 @@ def slow(sizes):
 
 @pytest.fixture(scope='module')
 def divided():
-  """An RDN on halves of rows, sequence and heads: program, result, that of one device."""
+  """An RDN on halves of parameters, sequence and heads: program, result, that of one device."""
   with jax.enable_x64(True):
-    model, mesh = model_of(('rdn',)), sharding.make_mesh(data=2, seq=2, tensor=2)
+    model = model_of(('rdn',))
+    mesh = sharding.make_mesh(data=1, fsdp=2, seq=2, tensor=2)
     with jax.set_mesh(mesh):
       step, params, batch = compiled(model, mesh, LONGER)
       got = jax.device_get(step(params, batch))
