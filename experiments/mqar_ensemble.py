@@ -1,10 +1,10 @@
 """Trains many small models at once: the training step under vmap, a whole set in one dispatch.
 
-It makes sweeps affordable. A model of the Based setting has half a million parameters; its 22,624
-steps take an H200 a fraction of a millisecond each and the training loop some milliseconds, so one
-run after the other would leave the device idle. Here all members (learning rates and seeds) of a
-sweep take a step together on the same batch, `lax.scan` runs a set of batches in one dispatch, and
-several devices share the members.
+It makes sweeps affordable. A model of the Based setting has half a million parameters and its run
+22,624 steps; with four learning rates and three seeds, two mixers at two widths are a million steps
+that the training loop would dispatch and feed one by one. Here all members (learning rates and
+seeds) of a mixer at a width take a step together on the same batch, `lax.scan` runs a set of
+batches in one dispatch, and several devices share the members.
 
 Step, model, optimiser, initialisation and data are those of `rla_jax.training`: a member equals the
 run of its config up to rounding (tested). Only the loop is another one, and logits exist only where

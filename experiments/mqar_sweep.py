@@ -11,8 +11,10 @@ seeds, and stands beside the published numbers. --set=key=value overrides keys o
 """
 
 import csv
+import datetime
 import json
 import pathlib
+import re
 import runpy
 import time
 
@@ -90,8 +92,8 @@ def sweep(root: pathlib.Path) -> None:
 
     finished = ensemble.run(_EVALUATE_EVERY.value, report, lambda: late(begin))
     seconds.append(time.perf_counter() - start)
-    state = state_bytes(config)
-    rows = [{'mixer': mixer, 'width': width, 'state_bytes': state, **r} for r in ensemble.curve]
+    common = {'mixer': mixer, 'width': width, 'state_bytes': state_bytes(config)}
+    rows = [{**common, **row, **provenance()} for row in ensemble.curve]
     if not finished:
       if rows:
         write_csv(folder / 'unfinished.csv', rows)
@@ -102,6 +104,17 @@ def sweep(root: pathlib.Path) -> None:
       (folder / name).unlink(missing_ok=True)
     left = np.mean(seconds) * (len(jobs) - number - 1)
     print(f'{folder.name}: {duration(seconds[-1])}; sweep ETA {duration(left)}', flush=True)
+
+
+def provenance() -> dict[str, str]:
+  """When and where a run ended."""
+  import jax
+
+  return {
+    'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+    'device': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+    'jax': jax.__version__,
+  }
 
 
 def late(begin: float) -> bool:
@@ -144,7 +157,7 @@ def best(rows: list[dict]) -> list[dict]:
     means = {rate: np.mean([r['accuracy'] for r in runs]) for rate, runs in rates.items()}
     rate = max(means, key=means.get)
     runs = rates[rate]
-    sets = [name for name in runs[0] if name.startswith('L')]
+    sets = test_sets(runs[0])
     found.append({
       'mixer': mixer, 'width': width, 'state_bytes': runs[0]['state_bytes'],
       'accuracy': float(means[rate]), 'std': float(np.std([r['accuracy'] for r in runs])),
@@ -155,10 +168,16 @@ def best(rows: list[dict]) -> list[dict]:
   return found
 
 
+def test_sets(record: dict) -> list[str]:
+  """The columns of the test sets, 'L64 N4' and so on, in the order of length and pairs."""
+  found = [name for name in record if re.fullmatch(r'L\d+ N\d+', name)]
+  return sorted(found, key=lambda name: [int(n) for n in re.findall(r'\d+', name)])
+
+
 def table(rows: list[dict]) -> str:
   """Markdown: one line a mixer and width."""
   records = best(rows)
-  sets = [name for name in records[0] if name.startswith('L')]
+  sets = test_sets(records[0])
   head = ['mixer', 'd', 'state bytes', 'accuracy', 'published', 'rate', 'seeds', 'epochs', *sets]
   lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
   for r in records:
@@ -170,7 +189,9 @@ def table(rows: list[dict]) -> str:
     ]  # fmt: skip
     lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
   lines += ['', 'Accuracy: mean over the test sets (L length, N pairs), best learning rate,']
-  lines += ['mean ± standard deviation over seeds. Published: read off a figure, ± 0.003.', '']
+  lines += ['mean ± standard deviation over seeds. Published: read off a figure, ± 0.003.']
+  where = sorted({f'{r["date"]}, {r["device"]}, jax {r["jax"]}' for r in rows if 'date' in r})
+  lines += ['', *(f'Measured {place}.' for place in where), '']
   return '\n'.join(lines)
 
 
