@@ -2,6 +2,7 @@
 
   python experiments/mqar_sweep.py --workdir=runs/mqar --mixers=delta_net,gdn --widths=64,128
   python experiments/mqar_sweep.py --workdir=runs/mqar --mixers=rdn,rla,sgla,two_state --seeds=0,1,2
+  python experiments/mqar_sweep.py --workdir=runs/again --set=data.path=mqar_reassigned
   python experiments/mqar_sweep.py --workdir=runs/mqar --table_only
 
 All learning rates and seeds of a mixer at a width train together (experiments/mqar_ensemble.py).
@@ -92,7 +93,8 @@ def sweep(root: pathlib.Path) -> None:
 
     finished = ensemble.run(_EVALUATE_EVERY.value, report, lambda: late(begin))
     seconds.append(time.perf_counter() - start)
-    common = {'mixer': mixer, 'width': width, 'state_bytes': state_bytes(config)}
+    common = {'task': config.data.path, 'mixer': mixer, 'width': width}
+    common['state_bytes'] = state_bytes(config)
     rows = [{**common, **row, **provenance()} for row in ensemble.curve]
     if not finished:
       if rows:
@@ -147,22 +149,22 @@ def collect(root: pathlib.Path) -> list[dict]:
 
 
 def best(rows: list[dict]) -> list[dict]:
-  """One record a mixer and width: the learning rate with the best mean over seeds."""
+  """One record a task, mixer and width: the learning rate with the best mean over seeds."""
   groups: dict[tuple, dict[float, list[dict]]] = {}
   for row in rows:
-    rates = groups.setdefault((row['width'], row['mixer']), {})
+    rates = groups.setdefault((row['task'], row['width'], row['mixer']), {})
     rates.setdefault(row['learning_rate'], []).append(row)
   found = []
-  for (width, mixer), rates in sorted(groups.items()):
+  for (task, width, mixer), rates in sorted(groups.items()):
     means = {rate: np.mean([r['accuracy'] for r in runs]) for rate, runs in rates.items()}
     rate = max(means, key=means.get)
     runs = rates[rate]
     sets = test_sets(runs[0])
     found.append({
-      'mixer': mixer, 'width': width, 'state_bytes': runs[0]['state_bytes'],
+      'task': task, 'mixer': mixer, 'width': width, 'state_bytes': runs[0]['state_bytes'],
       'accuracy': float(means[rate]), 'std': float(np.std([r['accuracy'] for r in runs])),
       'seeds': len(runs), 'learning_rate': rate, 'epochs': runs[0]['epoch'],
-      'published': PUBLISHED.get(mixer, {}).get(width),
+      'published': PUBLISHED.get(mixer, {}).get(width) if task == 'mqar' else None,
       **{name: float(np.mean([r[name] for r in runs])) for name in sets},
     })  # fmt: skip
   return found
@@ -175,16 +177,18 @@ def test_sets(record: dict) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-  """Markdown: one line a mixer and width."""
+  """Markdown: one line a task, mixer and width."""
   records = best(rows)
   sets = test_sets(records[0])
-  head = ['mixer', 'd', 'state bytes', 'accuracy', 'published', 'rate', 'seeds', 'epochs', *sets]
+  head = ['task', 'mixer', 'd', 'state bytes', 'accuracy', 'published', 'rate', 'seeds', 'epochs']
+  head += sets
   lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
   for r in records:
     spread = f' ± {r["std"]:.3f}' if r['seeds'] > 1 else ''
     published = '' if r['published'] is None else f'{r["published"]:.3f}'
     cells = [
-      r['mixer'], r['width'], f'{r["state_bytes"]:,}', f'{r["accuracy"]:.3f}{spread}', published,
+      r['task'], r['mixer'], r['width'], f'{r["state_bytes"]:,}',
+      f'{r["accuracy"]:.3f}{spread}', published,
       f'{r["learning_rate"]:.2g}', r['seeds'], r['epochs'], *(f'{r[name]:.3f}' for name in sets),
     ]  # fmt: skip
     lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
@@ -201,7 +205,8 @@ def figure(path: pathlib.Path, rows: list[dict]) -> None:
 
   lines: dict[str, tuple[list, list]] = {}
   for r in best(rows):
-    points = {r['mixer']: r['accuracy'], f'{r["mixer"]}, published': r['published']}
+    name = r['mixer'] if r['task'] == 'mqar' else f'{r["mixer"]}, {r["task"]}'
+    points = {name: r['accuracy'], f'{name}, published': r['published']}
     for name, accuracy in points.items():
       if r['state_bytes'] and accuracy is not None:
         x, y = lines.setdefault(name, ([], []))

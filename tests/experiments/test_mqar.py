@@ -81,9 +81,9 @@ def test_an_ensemble_goes_on_where_it_was_left(config, tmp_path):
 
 def test_the_table_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
   rows = [
-    {'mixer': 'gdn', 'width': 64, 'state_bytes': 16384, 'epoch': epoch, 'learning_rate': rate,
-     'seed': seed, 'loss': 1.0, 'accuracy': accuracy, 'L128 N8': 0.25, 'L64 N16': accuracy,
-     'date': '2026-01-02', 'device': '1 TPU', 'jax': '0.1'}
+    {'task': 'mqar', 'mixer': 'gdn', 'width': 64, 'state_bytes': 16384, 'epoch': epoch,
+     'learning_rate': rate, 'seed': seed, 'loss': 1.0, 'accuracy': accuracy,
+     'L128 N8': 0.25, 'L64 N16': accuracy, 'date': '2026-01-02', 'device': '1 TPU', 'jax': '0.1'}
     for rate, accuracies in ((0.001, (0.5, 0.7)), (0.01, (0.9, 0.1)))
     for seed, accuracy in enumerate(accuracies)
     for epoch in (16, 32)
@@ -95,9 +95,12 @@ def test_the_table_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
   (record,) = mqar_sweep.best(found)
   assert (record['learning_rate'], record['seeds'], record['published']) == (0.001, 2, 0.890)
   assert record['accuracy'] == pytest.approx(0.6) and record['std'] == pytest.approx(0.1)
-  assert '| gdn | 64 | 16,384 | 0.600 ± 0.100 | 0.890 | 0.001 | 2 | 32 |' in mqar_sweep.table(found)
+  line = '| mqar | gdn | 64 | 16,384 | 0.600 ± 0.100 | 0.890 | 0.001 | 2 | 32 |'
+  assert line in mqar_sweep.table(found)
   assert 'epochs | L64 N16 | L128 N8 |' in mqar_sweep.table(found)
   assert 'Measured 2026-01-02, 1 TPU, jax 0.1.' in mqar_sweep.table(found)
+  (record,) = mqar_sweep.best([row | {'task': 'mqar_reassigned'} for row in found])
+  assert record['published'] is None
   mqar_sweep.figure(tmp_path / 'results.png', found)
   assert (tmp_path / 'results.png').stat().st_size > 1000
   with (tmp_path / 'a' / 'curve.csv').open() as file:
