@@ -109,12 +109,16 @@ def test_a_stuck_process_ends_the_run_within_the_deadline(config, tmp_path, how)
   begin = time.monotonic()
   if how == 'stopped':
     started[1].send_signal(signal.SIGSTOP)
-  status, _, errors = processes.end([started[0]])[0]
-  print(f'ended after {time.monotonic() - begin:.1f} s')
-  started[1].kill()
-  started[1].communicate()
-  assert time.monotonic() - begin < 20
-  assert status == STUCK
+  ended = processes.end(started if how == 'asleep' else started[:1])
+  seconds = time.monotonic() - begin
+  print(f'ended after {seconds:.1f} s')
+  if how == 'stopped':
+    started[1].kill()
+    started[1].communicate()
+  assert seconds < 20
+  assert all(status != 0 for status, _, _ in ended)
+  # Where both have a deadline, one of them may find the connection broken before its own is over.
+  errors = next(errors for status, _, errors in ended if status == STUCK)
   assert processes.last_line(errors).startswith('error: nothing has happened for 10 s')
   assert 'train_and_evaluate' in errors  # The stack dump says where.
 
