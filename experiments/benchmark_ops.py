@@ -117,8 +117,16 @@ def check_accuracy(seed: int) -> tuple[list[dict], list[str]]:
   # length, packed, how alike the keys are
   variants = [(n, False, 0.0) for n in lengths] + [(longest, True, 0.0), (longest, False, 0.9)]
   sizes = map(int, CHECKED_SIZES.value)
+  # Many short sequences: the gradient of a gate, a number a token and head, may be near zero by
+  # chance, and two such numbers say nothing of the error.
   cases = [
-    (implementation, Problem(operation, 'forward_backward', 1, length, 2, size, DTYPE.value), *rest)
+    (
+      implementation,
+      Problem(
+        operation, 'forward_backward', max(1, 64 // length), length, 2, size, DTYPE.value
+      ),
+      *rest,
+    )
     for implementation, operation, size, (length, *rest) in itertools.product(
       ours, names, sizes, variants
     )

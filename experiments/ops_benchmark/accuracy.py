@@ -115,7 +115,8 @@ def _candidate(problem, implementation, arrays, segments, cotangents):
 def _oracle(problem, arrays, segments, cotangents, mask=None):
   """Values, gradients, v - S^T k, and the gradient that reaches the clipped residual; float64."""
   T = problem.length
-  padded = -(-T // LONGEST) * LONGEST  # so that one compilation serves every length
+  unit = LONGEST if T > BLOCK else BLOCK  # so that two compilations serve every length
+  padded = -(-T // unit) * unit
   starts = np.zeros((problem.batch, T), bool)
   if segments is not None:
     starts[:, 1:] = np.diff(segments, axis=1) != 0

@@ -24,10 +24,10 @@ class Blocks:
   Attributes:
     chunk: tokens of a chunk of the sequential kernels, 16, 32 or 64.
     span: chunks from one saved state to the next; `gradients` works on chunk * span tokens.
-    prepare: launch of kernel A (its value tile is not used).
-    forward: launch of kernel B.
-    sweep: launch of the sequential part of the backward pass.
-    gradients: launch of the parallel part.
+    prepare: launch of what needs neither values nor states (its value tile is not used).
+    forward: launch of the forward pass, both states in one program.
+    sweep: launch of the sequential part of the backward pass, one state a program.
+    gradients: launch of its parallel part.
     pieces: parts of the sequence that the backward pass handles one after the other: more pieces
       hold less memory.
   """
@@ -57,18 +57,18 @@ def heuristic(
   large = wide or key_dim > 128
   tile = 16 if wide else max(16, min(64, 1 << (value_dim - 1).bit_length()))
   loop = Kernel(tile, tile // 16, 2)
-  sweep = loop
-  if residual and not large and value_dim > 64 and heads >= 132:
-    sweep = Kernel(128, 8, 2)  # keys and matrices are loaded once for all values
+  deep = loop if large else dataclasses.replace(loop, stages=3)
+  # Two states' tiles are staged together, so they are half as wide.
+  wide_tile = 16 if residual else min(32, tile)
   return Blocks(
     chunk=16 if large else 32,
     span=2,
     prepare=Kernel(0, 4 if large else 1, 1),
     # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
-    forward=loop if large or (delta and residual) else dataclasses.replace(loop, stages=3),
-    sweep=sweep,
-    gradients=Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3),
-    pieces=8 if length >= 2048 else 1,
+    forward=loop if delta and residual else deep,
+    sweep=deep,
+    gradients=Kernel(16, 4, 2) if large else Kernel(wide_tile, 4, 4 if residual else 3),
+    pieces=8 if length >= 8192 else 4 if length >= 512 else 1,
   )
 
 

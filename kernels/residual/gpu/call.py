@@ -1,4 +1,9 @@
-"""Launches the kernels from JAX: forward, backward in pieces, and their rules for grad and vmap."""
+"""Launches the kernels from JAX: forward, backward in pieces, and their rules for grad and vmap.
+
+Forward: `prepare` and `forward`. Backward: `prepare`, `sweep` for the residual state and then for
+the base state, `gradients`. `prepare` and `gradients` are parallel over chunks; the others walk
+them.
+"""
 
 import dataclasses
 import functools
@@ -15,7 +20,14 @@ from rla_jax.kernels.residual.gpu.launch import launch
 from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
 from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
-from rla_jax.kernels.residual.gpu.tiles import GATES
+from rla_jax.kernels.residual.gpu.tiles import (
+  BASE_IN,
+  BASE_OUT,
+  BASE_READ,
+  GATES,
+  RESIDUAL_OUT,
+  RESIDUAL_READ,
+)
 
 # Names for jax.checkpoint policies: the output, and what the backward pass reads beyond the inputs.
 OUTPUT_NAME = 'residual_attention_output'
@@ -24,7 +36,8 @@ SAVED_NAME = 'residual_attention_saved'
 # Dimensions of what the kernels read and write, for the partitioning rule.
 INPUTS = ('BTGK', 'BTGK', 'BTHV', 'BTH', 'BTH', 'BTH', 'BHKV', 'BHKV', 'BT')
 OUTPUTS = ('BTHV', 'BHKV', 'BHKV')
-SAVED = ('BHNSVK', 'BTHV', 'BTHV', 'BTHV')
+# States before every span of chunks, errors of both states, where the residual passes the clip.
+SAVED = ('BHNVK', 'BHNVK', 'BTHV', 'BTHV', 'BTHV')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,149 +91,138 @@ def _array(shape, dtype):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _prepare(config, q, k, log_decay, beta, gamma, segments, first, chunks, adjoint):
-  B, T, G, K = k.shape
-  H = beta.shape[-1]
-  C = config.blocks.chunk
-  M = matrices(delta=config.delta, residual=config.residual)
-  return launch(
-    prepare_kernel,
-    q,
-    k,
-    log_decay,
-    beta,
-    beta if gamma is None else gamma,
-    log_decay if segments is None else segments,
-    T,
-    first,
-    out_shape=(
-      _array((B, H, chunks, M, C, C), q.dtype),
-      _array((B, H, chunks, GATES, C), jnp.float32),
-    ),
-    grid=(chunks * (1 + (config.delta and config.residual)), B * H),
-    num_warps=config.blocks.prepare.warps,
-    num_stages=config.blocks.prepare.stages,
-    interpret=config.interpret,
-    H=H,
-    G=G,
-    K=K,
-    C=C,
-    BLOCK_K=_block(K),
-    DELTA=config.delta,
-    RESIDUAL=config.residual,
-    SEGMENTED=segments is not None,
-    ADJOINT=adjoint,
-    PRECISION=_precision(q.dtype),
-    # Three passes of bfloat16 are exact to 2e-5, far below the rounding of 16-bit results. Triton's
-    # interpreter does not know them.
-    SOLVE='tf32x3' if config.interpret or q.dtype == jnp.float32 else 'bf16x3',
-  )
+class _Call:
+  """What all kernels of one call are told: its sizes, its gates, and how to launch."""
+
+  def __init__(self, config, q, k, v, log_decay, beta, gamma, segments):
+    self.config = config
+    self.q, self.k, self.v = q, k, v
+    self.gates = (log_decay, beta, beta if gamma is None else gamma)
+    self.segments = log_decay if segments is None else segments
+    self.B, self.T, self.G, self.K = k.shape
+    self.H, self.V = v.shape[2:]
+    self.pairs = self.B * self.H
+    self.tokens = config.blocks.chunk * config.blocks.span  # of a parallel kernel's program
+    self.spans = -(-self.T // self.tokens)
+    self.is_segmented = segments is not None
+
+  def launch(self, kernel, *arguments, out_shape, programs, block, C, aliases=None, **constexprs):
+    """Runs a kernel. The constexprs that every kernel or nearly every one has are filled in."""
+    known = {
+      'H': self.H, 'G': self.G, 'K': self.K, 'V': self.V, 'C': C, 'BLOCK_K': _block(self.K),
+      'BLOCK_V': block.value, 'DELTA': self.config.delta, 'RESIDUAL': self.config.residual,
+      'CLIP': self.config.clip, 'SPAN': self.config.blocks.span, 'SEGMENTED': self.is_segmented,
+      'EVEN': self._is_even(block.value), 'PRECISION': _precision(self.q.dtype),
+      'STAGES': block.stages,
+    }  # fmt: skip
+    names = {p.name for p in kernel.params if p.is_constexpr}
+    known = {n: x for n, x in known.items() if n in names} | constexprs
+    return launch(
+      kernel,
+      *arguments,
+      out_shape=out_shape,
+      grid=(programs,),
+      num_warps=block.warps,
+      num_stages=block.stages,
+      aliases=aliases,
+      interpret=self.config.interpret,
+      **known,
+    )
+
+  def walk(self, block) -> int:
+    """Programs of a kernel that walks the chunks of every head."""
+    return self.pairs * -(-self.V // block.value)
+
+  def _is_even(self, block_v):
+    """Whether no tile needs a mask."""
+    return self.T % self.tokens == 0 and _block(self.K) == self.K and self.V % max(1, block_v) == 0
+
+  def prepare(self, first, spans, *, adjoint):
+    """Matrices and gates of the chunks of some spans."""
+    delta, residual = self.config.delta, self.config.residual
+    C, chunks = self.config.blocks.chunk, spans * self.config.blocks.span
+    log_decay, beta, gamma = self.gates
+    return self.launch(
+      prepare_kernel,
+      *(self.q, self.k, log_decay, beta, gamma, self.segments),
+      *(self.T, first * self.config.blocks.span, chunks),
+      out_shape=(
+        _array(
+          (self.B, self.H, chunks, matrices(delta=delta, residual=residual), C, C), self.q.dtype
+        ),
+        _array((self.B, self.H, chunks, GATES, C), jnp.float32),
+      ),
+      programs=chunks * (1 + (delta and residual)) * self.pairs,
+      block=self.config.blocks.prepare,
+      C=C,
+      ADJOINT=adjoint,
+      # Three passes of bfloat16 are exact to 2e-5, far below the rounding of 16-bit results.
+      # Triton's interpreter does not know them.
+      SOLVE='tf32x3' if self.config.interpret or self.q.dtype == jnp.float32 else 'bf16x3',
+    )
 
 
 @functools.cache
 def _forward(config: Config, save: bool):
   def run(q, k, v, log_decay, beta, gamma, base, residual, segments):
-    B, T, G, K = k.shape
-    H, V = v.shape[2:]
-    C, span, blocks = config.blocks.chunk, config.blocks.span, config.blocks.forward
-    spans = -(-T // (C * span))
-    N = spans * span
-    matrices_BHNMCC, gates_BHNRC = _prepare(
-      config, q, k, log_decay, beta, gamma, segments, 0, N, False
-    )
-    states = 1 + config.residual
-    has_base_error = save and config.delta
-    has_residual_error = save and config.residual
-    has_passes = save and config.residual and config.clip is not None
-    value, nothing = (B, T, H, V), (1,)
-    o, base_out, residual_out, saved, base_error, residual_error, passes = launch(
+    call = _Call(config, q, k, v, log_decay, beta, gamma, segments)
+    block = config.blocks.forward
+    squares, gates = call.prepare(0, call.spans, adjoint=False)
+    keep_base_error = save and config.delta
+    keep_residual = save and config.residual
+    keep_passes = keep_residual and config.clip is not None
+    states, nothing = (call.B, call.H, call.spans, call.V, call.K), (1,)
+    o, base_out, residual_out, *saved = call.launch(
       forward_kernel,
-      q,
-      k,
-      v,
-      matrices_BHNMCC,
-      gates_BHNRC,
-      base,
-      base if residual is None else residual,
-      T,
-      N,
+      *(q, k, v, squares, gates, base, base if residual is None else residual),
+      *(call.T, call.spans * config.blocks.span),
       out_shape=(
-        _array(value, v.dtype),
+        _array(v.shape, v.dtype),
         _array(base.shape, jnp.float32),
         _array(base.shape if config.residual else nothing, jnp.float32),
-        _array((B, H, spans, states, V, K) if save else nothing, v.dtype),
-        _array(value if has_base_error else nothing, v.dtype),
-        _array(value if has_residual_error else nothing, v.dtype),
-        _array(value if has_passes else nothing, jnp.int8),
+        _array(states if save else nothing, v.dtype),
+        _array(states if keep_residual else nothing, v.dtype),
+        _array(v.shape if keep_base_error else nothing, v.dtype),
+        _array(v.shape if keep_residual else nothing, v.dtype),
+        _array(v.shape if keep_passes else nothing, jnp.int8),
       ),
-      grid=(-(-V // blocks.value), B * H),
-      num_warps=blocks.warps,
-      num_stages=blocks.stages,
-      interpret=config.interpret,
-      H=H,
-      G=G,
-      K=K,
-      V=V,
-      C=C,
-      SPAN=span,
-      BLOCK_K=_block(K),
-      BLOCK_V=blocks.value,
-      DELTA=config.delta,
-      RESIDUAL=config.residual,
-      CLIP=config.clip,
+      programs=call.walk(block),
+      block=block,
+      C=config.blocks.chunk,
       SAVE=save,
-      EVEN=_is_even(T, C * span, K, V, blocks.value),
-      PRECISION=_precision(v.dtype),
     )
-    kept = (
-      saved,
-      base_error if has_base_error else None,
-      residual_error if has_residual_error else None,
-      passes if has_passes else None,
-    )
+    kept = (save, keep_residual, keep_base_error, keep_residual, keep_passes)
+    saved = tuple(x if keep else None for x, keep in zip(saved, kept, strict=True))
     outputs = (o, base_out, residual_out if config.residual else None)
-    return outputs, kept if save else None
+    return outputs, saved if save else None
 
   results = (OUTPUTS, SAVED if save else None)
   return fold_into_batch(over_batch_and_heads(run, INPUTS, results))
 
 
-def _is_even(T, tokens, K, V, block_v):
-  return T % tokens == 0 and _block(K) == K and V % block_v == 0
-
-
 @functools.cache
 def _backward(config: Config):
   def run(inputs, saved, cotangents):
-    q, k, v, log_decay, beta, gamma, segments = inputs
+    call = _Call(config, *inputs)
     do, dbase, dresidual = cotangents
-    B, T, H, _ = v.shape
-    G, K = k.shape[2:]
-    span = config.blocks.span
-    spans = -(-T // (config.blocks.chunk * span))
-    size = -(-spans // min(config.blocks.pieces, spans))
-    dq_dk_dv = None
+    size = -(-call.spans // min(config.blocks.pieces, call.spans))
+    found = None
     gates = []
-    for first in reversed(range(0, spans, size)):
-      piece = (first, min(size, spans - first))
-      matrices_BHNMCC, gates_BHNRC = _prepare(
-        config, q, k, log_decay, beta, gamma, segments, first * span, piece[1] * span, True
-      )
-      dstates, errors, dbase, dresidual = _sweep(
-        config, q, k, do, matrices_BHNMCC, gates_BHNRC, saved[3], dbase, dresidual, *piece
-      )
-      dq_dk_dv, piece_gates = _gradients(
-        config, inputs, do, saved, dstates, errors, dq_dk_dv, *piece
-      )
+    for first in reversed(range(0, call.spans, size)):
+      piece = (first, min(size, call.spans - first))
+      dstates, dwritten, dbase, dresidual = _sweeps(call, do, saved[-1], dbase, dresidual, *piece)
+      found, piece_gates = _gradients(call, do, saved, dstates, dwritten, found, *piece)
+      # One piece after the other, or the scheduler lets all of them live at once.
+      found, dbase, dresidual = jax.lax.optimization_barrier((found, dbase, dresidual))
       gates.append(piece_gates)
-    dq, dk, dv = dq_dk_dv
+    dq, dk, dv = found
     dlog_decay, dbeta, dgamma = jax.tree.map(
-      lambda *parts: jnp.concatenate(parts[::-1], axis=1)[:, :T], *gates
+      lambda *parts: jnp.concatenate(parts[::-1], axis=1)[:, : call.T], *gates
     )
-    if G != H:
-      dq, dk = (
-        x.reshape(B, T, G, H // G, K).astype(jnp.float32).sum(3).astype(q.dtype) for x in (dq, dk)
-      )
+    if call.G != call.H:
+      group = (call.B, call.T, call.G, call.H // call.G, call.K)
+      dq, dk = (x.reshape(group).astype(jnp.float32).sum(3).astype(q.dtype) for x, q in
+                ((dq, call.q), (dk, call.k)))  # fmt: skip
     return dq, dk, dv, dlog_decay, dbeta, dgamma, dbase, dresidual
 
   *tokens, base, residual, segments = INPUTS
@@ -228,108 +230,84 @@ def _backward(config: Config):
   return fold_into_batch(over_batch_and_heads(run, inputs, (*tokens, base, residual)))
 
 
-def _sweep(config, q, k, do, matrices_BHNMCC, gates_BHNRC, passes, dbase, dresidual, first, spans):
-  B, T, H, V = do.shape
-  G, K = k.shape[2:]
-  C, span, blocks = config.blocks.chunk, config.blocks.span, config.blocks.sweep
-  value, nothing = (B, spans * span * C, H, V), (1,)
-  residual = config.residual
-  dstates, dy, dz, dinnovation, dbase, dresidual = launch(
-    sweep_kernel,
-    q,
-    k,
-    do,
-    matrices_BHNMCC,
-    gates_BHNRC,
-    do if passes is None else passes,
-    dbase,
-    dresidual if residual else dbase,
-    T,
-    first * span,
-    spans * span,
-    out_shape=(
-      _array((B, H, spans, 1 + residual, V, K), do.dtype),
-      _array(value, do.dtype),
-      _array(value if residual else nothing, do.dtype),
-      _array(value if residual else nothing, do.dtype),
-      _array(dbase.shape, jnp.float32),
-      _array(dbase.shape if residual else nothing, jnp.float32),
-    ),
-    grid=(-(-V // blocks.value), B * H),
-    num_warps=blocks.warps,
-    num_stages=blocks.stages,
-    interpret=config.interpret,
-    H=H,
-    G=G,
-    K=K,
-    V=V,
-    C=C,
-    SPAN=span,
-    BLOCK_K=_block(K),
-    BLOCK_V=blocks.value,
-    DELTA=config.delta,
-    RESIDUAL=residual,
-    CLIP=config.clip,
-    EVEN=_is_even(T, C * span, K, V, blocks.value),
-    PRECISION=_precision(do.dtype),
+def _sweeps(call, do, passes, dbase, dresidual, first, spans):
+  """Gradients of both states after every span, and of what was written to them, of a piece."""
+  delta, residual = call.config.delta, call.config.residual
+  squares, gates = call.prepare(first, spans, adjoint=True)
+  sweep = functools.partial(_sweep, call, do, squares, gates, passes, first, spans)
+  residual_dstates = dz = None
+  if residual:
+    residual_dstates, dz, dresidual = sweep(
+      None, dresidual, 1 + delta, 4, None,
+      RESIDUAL_READ.value, RESIDUAL_READ.value, RESIDUAL_OUT.value,
+    )  # fmt: skip
+  dstates, dy, dbase = sweep(
+    dz, dbase, 0, 1, 2 + delta, BASE_IN.value, BASE_READ.value, BASE_OUT.value
   )
-  return dstates, (dy, dz, dinnovation), dbase, dresidual if residual else None
+  return (dstates, residual_dstates), (dy, dz), dbase, dresidual
 
 
-def _gradients(config, inputs, do, saved, dstates, errors, before, first, spans):
-  q, k, v, log_decay, beta, gamma, segments = inputs
-  states, base_error, residual_error, _ = saved
-  B, T, H, V = v.shape
-  G, K = k.shape[2:]
-  C, blocks = config.blocks.chunk * config.blocks.span, config.blocks.gradients
-  # Without a delta rule the written value is v, that of the residual state r.
-  base_error = v if base_error is None else base_error
-  gate = _array((B, spans * C, H), jnp.float32)
+def _sweep(
+  call, do, squares, gates, passes, first, spans,
+  dz, dstate, scores, inverse, prediction, query_read, key_read, out,
+):  # fmt: skip
+  config, block = call.config, call.config.blocks.sweep
+  C, span = config.blocks.chunk, config.blocks.span
+  return call.launch(
+    sweep_kernel,
+    *(call.q, call.k, do, squares, gates, do if dz is None else dz),
+    *(do if passes is None else passes, dstate, call.T, first * span, spans * span),
+    out_shape=(
+      _array((call.B, call.H, spans, call.V, call.K), do.dtype),
+      _array((call.B, spans * span * C, call.H, call.V), do.dtype),
+      _array(dstate.shape, jnp.float32),
+    ),
+    programs=call.walk(block),
+    block=block,
+    C=C,
+    MATRICES=squares.shape[3],
+    SCORES=scores,
+    INVERSE=inverse,
+    PREDICTION=None if dz is None else prediction,
+    QUERY_READ=query_read,
+    KEY_READ=key_read,
+    OUT=out,
+  )
+
+
+def _gradients(call, do, saved, dstates, dwritten, before, first, spans):
+  states, residual_states, base_error, residual_error, passes = saved
+  config = call.config
+  # Without a delta rule the written value is v.
+  base_error = call.v if base_error is None else base_error
+  gate = _array((call.B, spans * call.tokens, call.H), jnp.float32)
+
+  def stand_in(x):
+    """Any array, where the kernel does not touch one that is not there."""
+    return do if x is None else x
+
   arrays = (
-    q,
-    k,
-    log_decay,
-    beta,
-    beta if gamma is None else gamma,
-    log_decay if segments is None else segments,
-    do,
-    base_error,
-    base_error if residual_error is None else residual_error,
-    states,
-    dstates,
-    *errors,
+    *(call.q, call.k, *call.gates, call.segments, do, base_error),
+    *(stand_in(x) for x in (residual_error, passes)),
+    *(stand_in(x) for x in (states, residual_states, *dstates, *dwritten)),
   )
   place = len(arrays)
-  dq, dk, dv, dlog_decay, dbeta, dgamma = launch(
+  dq, dk, dv, dlog_decay, dbeta, dgamma = call.launch(
     gradients_kernel,
     *arrays,
-    *((q, k, v) if before is None else before),
-    T,
-    first,
+    *((call.q, call.k, call.v) if before is None else before),
+    *(call.T, first, spans),
     out_shape=(
-      _array((B, T, H, K), q.dtype),
-      _array((B, T, H, K), k.dtype),
-      _array((B, T, H, V), v.dtype),
+      _array((call.B, call.T, call.H, call.K), do.dtype),
+      _array((call.B, call.T, call.H, call.K), do.dtype),
+      _array(call.v.shape, do.dtype),
       gate,
       gate,
       gate if config.residual else _array((1,), jnp.float32),
     ),
-    grid=(spans, B * H),
-    num_warps=blocks.warps,
-    num_stages=blocks.stages,
+    programs=call.pairs * spans,
+    block=config.blocks.gradients,
+    C=call.tokens,
     aliases=None if before is None else {place: 0, place + 1: 1, place + 2: 2},
-    interpret=config.interpret,
-    H=H,
-    G=G,
-    K=K,
-    V=V,
-    C=C,
-    BLOCK_K=_block(K),
-    BLOCK_V=blocks.value,
-    DELTA=config.delta,
-    RESIDUAL=config.residual,
-    SEGMENTED=segments is not None,
-    EVEN=_is_even(T, C, K, V, blocks.value),
-    PRECISION=_precision(v.dtype),
   )
   return (dq, dk, dv), (dlog_decay, dbeta, dgamma if config.residual else None)

@@ -38,6 +38,7 @@ def forward_kernel(
   base_out_ptr,
   residual_out_ptr,
   states_ptr,
+  residual_states_ptr,
   base_error_ptr,
   residual_error_ptr,
   passes_ptr,
@@ -56,23 +57,23 @@ def forward_kernel(
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
-  """Grid (value tiles, B * H). Letters as in the chunk form: F = U / b, or W / g.
+  """Grid (B * H * value tiles,). Letters as in the chunk form: F = U / b, or W / g.
 
   SAVE keeps what the backward pass reads, the states before every SPAN-th chunk among it.
   """
-  batch = tl.program_id(1) // H
-  head = tl.program_id(1) % H
-  row = batch.to(tl.int64) * T
+  TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+  pair = (tl.program_id(0) // TILES).to(tl.int64)
+  head = pair % H
+  row = pair // H * T
   i = tl.arange(0, C)
   a = tl.arange(0, BLOCK_K)
-  e = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+  e = (tl.program_id(0) % TILES) * BLOCK_V + tl.arange(0, BLOCK_V)
   key_offsets = i[:, None] * (G * K) + a[None, :]
   value_offsets = i[:, None] * (H * V) + e[None, :]
   square_offsets = i[:, None] * C + i[None, :]
   state_offsets = a[None, :] * V + e[:, None]
   saved_offsets = e[:, None] * K + a[None, :]
   state_seen = (a < K)[None, :] & (e < V)[:, None]
-  pair = tl.program_id(1).to(tl.int64)
 
   S = tl.load(base_ptr + pair * (K * V) + state_offsets, mask=state_seen, other=0.0)
   if RESIDUAL:
@@ -98,10 +99,10 @@ def forward_kernel(
     S_low = S.to(dtype)
     if SAVE:
       if n % SPAN == 0:
-        saved = states_ptr + (pair * (chunks // SPAN) + n // SPAN) * ((1 + RESIDUAL) * K * V)
-        store_tile(saved + saved_offsets, S_low, state_seen, EVEN)
+        saved = (pair * (chunks // SPAN) + n // SPAN) * (K * V) + saved_offsets
+        store_tile(states_ptr + saved, S_low, state_seen, EVEN)
         if RESIDUAL:
-          store_tile(saved + K * V + saved_offsets, R.to(dtype), state_seen, EVEN)
+          store_tile(residual_states_ptr + saved, R.to(dtype), state_seen, EVEN)
     decay_in = tl.load(gates + BASE_IN * C + i)[None, :]
     o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
     if DELTA or RESIDUAL:

@@ -6,23 +6,27 @@ import triton.language as tl
 from rla_jax.kernels.residual.gpu.tiles import (
   chunk_decays,
   decay_between,
+  decay_in,
+  decay_out,
+  load_columns,
   load_tile,
+  scaled,
   store_tile,
 )
 
 
 @triton.jit
-def _tile(pointer, rows, columns, first, row_seen, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
-  """Columns first .. of a matrix whose row offsets are `rows`; zero beyond COLUMNS."""
-  columns += first
-  seen = row_seen[:, None] & (columns < COLUMNS)[None, :]
-  return load_tile(pointer + rows[:, None] + columns[None, :], seen, EVEN)
-
-
-@triton.jit
-def _scaled(gate, tile):
-  """Rows of a tile times a gate, in the tile's dtype."""
-  return (gate[:, None] * tile.to(tl.float32)).to(tile.dtype)
+def _through_clip(
+  dz_ptr, passes_ptr, gamma, rows, columns, first, row_seen, V: tl.constexpr, CLIP: tl.constexpr,
+  EVEN: tl.constexpr,
+):  # fmt: skip
+  """dD, the gradient of the residual before the clip, of a tile."""
+  dD = load_columns(dz_ptr, rows, columns, first, row_seen, V, EVEN).to(tl.float32)
+  dD *= gamma[:, None]
+  if CLIP is not None:
+    passes = load_columns(passes_ptr, rows, columns, first, row_seen, V, EVEN)
+    dD = tl.where(passes != 0, dD, 0.0)
+  return dD
 
 
 @triton.jit
@@ -36,16 +40,19 @@ def gradients_kernel(
   do_ptr,
   base_error_ptr,
   residual_error_ptr,
+  passes_ptr,
   states_ptr,
+  residual_states_ptr,
   dstates_ptr,
+  residual_dstates_ptr,
   dy_ptr,
   dz_ptr,
-  dinnovation_ptr,
   dq_before_ptr,
   dk_before_ptr,
   dv_before_ptr,
   T,
   first_chunk,
+  chunks,
   dq_ptr,
   dk_ptr,
   dv_ptr,
@@ -61,24 +68,26 @@ def gradients_kernel(
   BLOCK_V: tl.constexpr,
   DELTA: tl.constexpr,
   RESIDUAL: tl.constexpr,
+  CLIP: tl.constexpr,
   SEGMENTED: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
+  STAGES: tl.constexpr,
 ):
-  """One chunk of one head. Grid (chunks of the piece, B * H).
+  """One chunk of one head. Grid (B * H * chunks of the piece,).
 
   Pieces write to the same dq, dk, dv: the *_before arguments are their buffers, never read.
   """
-  n = tl.program_id(0)
-  chunks = tl.num_programs(0)
-  batch = tl.program_id(1) // H
-  head = tl.program_id(1) % H
+  pair = (tl.program_id(0) // chunks).to(tl.int64)
+  n = tl.program_id(0) % chunks
+  batch = pair // H
+  head = pair % H
   total_chunks = tl.cdiv(T, C)
   start = (first_chunk + n) * C
-  row = batch.to(tl.int64) * T
-  pair = tl.program_id(1).to(tl.int64)
+  row = batch * T
   dtype = do_ptr.dtype.element_ty
   # T >> 30 is 0, which the compiler cannot know: unrolled, the loops would not fit the registers.
+  # Loops that are told their stages prefetch all loads, not only those of products.
   tiles = (V + BLOCK_V - 1) // BLOCK_V + (T >> 30)
 
   i = tl.arange(0, C)
@@ -89,16 +98,19 @@ def gradients_kernel(
   is_key = a < K
   value_rows = i * (H * V)
   values = ((row + start) * H + head) * V
-  piece_values = ((batch.to(tl.int64) * chunks + n) * C * H + head) * V
+  piece_values = ((batch * chunks + n) * C * H + head) * V
   do_ptr += values
   base_error_ptr += values
   residual_error_ptr += values
   dy_ptr += piece_values
   dz_ptr += piece_values
-  dinnovation_ptr += piece_values
-  STATES: tl.constexpr = (1 + RESIDUAL) * K * V
-  states_ptr += (pair * total_chunks + first_chunk + n) * STATES
-  dstates_ptr += (pair * chunks + n) * STATES
+  passes_ptr += values
+  state = (pair * total_chunks + first_chunk + n) * (K * V)
+  states_ptr += state
+  residual_states_ptr += state
+  dstate = (pair * chunks + n) * (K * V)
+  dstates_ptr += dstate
+  residual_dstates_ptr += dstate
 
   keys = ((row + start) * G + head // (H // G)) * K
   key_seen = is_token[:, None] & is_key[None, :]
@@ -106,7 +118,7 @@ def gradients_kernel(
   q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
   k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
   gate_offsets = (row + tokens) * H + head
-  out_offsets = ((batch.to(tl.int64) * chunks + n) * C + i) * H + head
+  out_offsets = ((batch * chunks + n) * C + i) * H + head
   beta = tl.load(beta_ptr + gate_offsets, mask=is_token, other=0.0)
   cumulative, before, era, era_before, is_reset = chunk_decays(
     log_decay_ptr, segments_ptr, batch, head, start, T, H, C, SEGMENTED
@@ -119,12 +131,12 @@ def gradients_kernel(
   # in registers they would not leave room for the products.
   dscores = tl.zeros([C, C], tl.float32)
   do_W = tl.zeros([C, C], tl.float32)
-  for tile in range(tiles):
-    do = _tile(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-    F = _tile(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+  for tile in tl.range(tiles, num_stages=STAGES):
+    do = load_columns(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+    F = load_columns(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dscores = tl.dot(do, tl.trans(F), dscores, input_precision=PRECISION)
     if RESIDUAL:
-      F = _tile(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      F = load_columns(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       do_W = tl.dot(do, tl.trans(F), do_W, input_precision=PRECISION)
   dscores *= beta[None, :]
   L = decay_between(cumulative, era, cumulative, era, True, C)
@@ -141,17 +153,19 @@ def gradients_kernel(
   dgram = tl.zeros([C, C], tl.float32)
   dD_F = tl.zeros([C, C], tl.float32)
   dz_F = tl.zeros([C, C], tl.float32)
-  for tile in range(tiles):
-    F = _tile(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-    dy = _tile(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+  for tile in tl.range(tiles, num_stages=STAGES):
+    F = load_columns(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+    dy = load_columns(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dgram = tl.dot(dy, tl.trans(F), dgram, input_precision=PRECISION)
     dv = beta[:, None] * dy.to(tl.float32)
     if RESIDUAL:
-      dD = _tile(dinnovation_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-      dD_F = tl.dot(dD, tl.trans(F), dD_F, input_precision=PRECISION)
-      dv += dD.to(tl.float32)
-      dz = _tile(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-      F = _tile(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      dD = _through_clip(
+        dz_ptr, passes_ptr, gamma, value_rows, e, tile * BLOCK_V, is_token, V, CLIP, EVEN
+      )
+      dD_F = tl.dot(dD.to(dtype), tl.trans(F), dD_F, input_precision=PRECISION)
+      dv += dD
+      dz = load_columns(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      F = load_columns(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       dz_F = tl.dot(dz, tl.trans(F), dz_F, input_precision=PRECISION)
     columns = tile * BLOCK_V + e
     store_tile(
@@ -183,27 +197,27 @@ def gradients_kernel(
     dgram = dgram + dD_F if DELTA else dD_F
   dgram_low = dgram.to(dtype)
 
-  decay_in = tl.exp2(tl.where(era == 0, cumulative, float('-inf')))
+  from_start = decay_in(cumulative, era)
   # dq: what the queries saw of the states. These enter as they are stored, [V, K].
   acc = tl.zeros([C, BLOCK_K], tl.float32)
   q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
   if RESIDUAL:
-    for tile in range(tiles):
-      do = _tile(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+    for tile in tl.range(tiles, num_stages=STAGES):
+      do = load_columns(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       state_rows = (tile * BLOCK_V + e) * K
       is_value = tile * BLOCK_V + e < V
-      R = _tile(states_ptr + K * V, state_rows, a, 0, is_value, K, EVEN)
+      R = load_columns(residual_states_ptr, state_rows, a, 0, is_value, K, EVEN)
       acc = tl.dot(do, R, acc, input_precision=PRECISION)
-    dgamma += decay_in * tl.sum(q.to(tl.float32) * acc, 1)
+    dgamma += from_start * tl.sum(q.to(tl.float32) * acc, 1)
     tl.store(dgamma_ptr + out_offsets, dgamma)
     acc *= gamma[:, None]
-  for tile in range(tiles):
-    do = _tile(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+  for tile in tl.range(tiles, num_stages=STAGES):
+    do = load_columns(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     state_rows = (tile * BLOCK_V + e) * K
     is_value = tile * BLOCK_V + e < V
-    S = _tile(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+    S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
     acc = tl.dot(do, S, acc, input_precision=PRECISION)
-  acc *= decay_in[:, None]
+  acc *= from_start[:, None]
   dG += tl.sum(q.to(tl.float32) * acc, 1)
   k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
   acc = tl.dot(dscores_low, k, acc, input_precision=PRECISION)
@@ -214,53 +228,58 @@ def gradients_kernel(
   acc = tl.zeros([C, BLOCK_K], tl.float32)
   k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
   if RESIDUAL:
-    decay_before = tl.exp2(tl.where(era_before == 0, before, float('-inf')))
-    for tile in range(tiles):
-      dD = _tile(dinnovation_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+    decay_before = decay_in(before, era_before)
+    for tile in tl.range(tiles, num_stages=STAGES):
+      dD = _through_clip(
+        dz_ptr, passes_ptr, gamma, value_rows, e, tile * BLOCK_V, is_token, V, CLIP, EVEN
+      )
       state_rows = (tile * BLOCK_V + e) * K
       is_value = tile * BLOCK_V + e < V
-      S = _tile(states_ptr, state_rows, a, 0, is_value, K, EVEN)
-      acc = tl.dot(_scaled(-decay_before, dD), S, acc, input_precision=PRECISION)
+      S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      acc = tl.dot((-decay_before[:, None] * dD).to(dtype), S, acc, input_precision=PRECISION)
     before_read = tl.sum(k.to(tl.float32) * acc, 1)
     dGx += before_read
     dG -= before_read
   if DELTA:
-    for tile in range(tiles):
-      dy = _tile(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+    for tile in tl.range(tiles, num_stages=STAGES):
+      dy = load_columns(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       state_rows = (tile * BLOCK_V + e) * K
       is_value = tile * BLOCK_V + e < V
-      S = _tile(states_ptr, state_rows, a, 0, is_value, K, EVEN)
-      acc = tl.dot(_scaled(-decay_in * beta, dy), S, acc, input_precision=PRECISION)
+      S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      acc = tl.dot(scaled(-from_start * beta, dy), S, acc, input_precision=PRECISION)
       if RESIDUAL:
-        dz = _tile(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-        R = _tile(states_ptr + K * V, state_rows, a, 0, is_value, K, EVEN)
-        acc = tl.dot(_scaled(-decay_in * gamma, dz), R, acc, input_precision=PRECISION)
+        dz = load_columns(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+        R = load_columns(residual_states_ptr, state_rows, a, 0, is_value, K, EVEN)
+        acc = tl.dot(scaled(-from_start * gamma, dz), R, acc, input_precision=PRECISION)
   if DELTA or RESIDUAL:
     reads = tl.sum(k.to(tl.float32) * acc, 1)
     dG += reads
-  last = tl.sum(tl.where(i == C - 1, cumulative, 0.0), 0)
-  last_era = tl.sum(tl.where(i == C - 1, era, 0), 0)
-  decay_out = tl.exp2(tl.where(era == last_era, last - cumulative, float('-inf')))
-  carried = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
-  for tile in range(tiles):
-    F = _tile(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+  to_end = decay_out(cumulative, era, C)
+  carried = tl.zeros([BLOCK_V, BLOCK_V], tl.float32)  # its diagonal counts
+  for tile in tl.range(tiles, num_stages=STAGES):
+    F = load_columns(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     state_rows = (tile * BLOCK_V + e) * K
     is_value = tile * BLOCK_V + e < V
-    dS = _tile(dstates_ptr, state_rows, a, 0, is_value, K, EVEN)
-    acc = tl.dot(_scaled(decay_out * beta, F), dS, acc, input_precision=PRECISION)
-    S = _tile(states_ptr, state_rows, a, 0, is_value, K, EVEN)
-    carried += S.to(tl.float32) * dS.to(tl.float32)
-    if RESIDUAL:
-      F = _tile(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-      dS = _tile(dstates_ptr + K * V, state_rows, a, 0, is_value, K, EVEN)
-      acc = tl.dot(_scaled(decay_out * gamma, F), dS, acc, input_precision=PRECISION)
-      S = _tile(states_ptr + K * V, state_rows, a, 0, is_value, K, EVEN)
-      carried += S.to(tl.float32) * dS.to(tl.float32)
+    dS = load_columns(dstates_ptr, state_rows, a, 0, is_value, K, EVEN)
+    acc = tl.dot(scaled(to_end * beta, F), dS, acc, input_precision=PRECISION)
+    S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+    carried = tl.dot(S, tl.trans(dS), carried, input_precision=PRECISION)
+  # A loop of its own: the shared memory of both together would leave one program a multiprocessor.
+  if RESIDUAL:
+    for tile in tl.range(tiles, num_stages=STAGES):
+      state_rows = (tile * BLOCK_V + e) * K
+      is_value = tile * BLOCK_V + e < V
+      F = load_columns(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      dS = load_columns(residual_dstates_ptr, state_rows, a, 0, is_value, K, EVEN)
+      acc = tl.dot(scaled(to_end * gamma, F), dS, acc, input_precision=PRECISION)
+      S = load_columns(residual_states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      carried = tl.dot(S, tl.trans(dS), carried, input_precision=PRECISION)
   writes = tl.sum(k.to(tl.float32) * acc, 1)
   if DELTA or RESIDUAL:
     writes -= reads
-  decay_all = tl.sum(tl.where(i == C - 1, decay_in, 0.0), 0)
-  closing = tl.sum(writes, 0) + decay_all * tl.sum(tl.sum(carried, 1), 0)
+  decay_all = tl.sum(tl.where(i == C - 1, from_start, 0.0), 0)
+  carried = tl.sum(tl.where(e[:, None] == e[None, :], carried, 0.0), 1)
+  closing = tl.sum(writes, 0) + decay_all * tl.sum(carried, 0)
   dG += tl.where(i == C - 1, closing, 0.0) - writes
   if DELTA or RESIDUAL:
     acc = tl.dot(dgram_low, k, acc, input_precision=PRECISION)

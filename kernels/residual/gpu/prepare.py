@@ -19,6 +19,8 @@ from rla_jax.kernels.residual.gpu.tiles import (
   RESIDUAL_READ,
   chunk_decays,
   decay_between,
+  decay_in,
+  decay_out,
   unit_lower_inverse,
 )
 
@@ -42,6 +44,7 @@ def prepare_kernel(
   segments_ptr,
   T,
   first_chunk,
+  chunks,
   matrices_ptr,
   gates_ptr,
   H: tl.constexpr,
@@ -56,23 +59,23 @@ def prepare_kernel(
   PRECISION: tl.constexpr,
   SOLVE: tl.constexpr,
 ):
-  """One chunk of one head. Grid (PARTS * chunks, B * H): with two inverses, a program for each.
+  """One chunk of one head. Grid (B * H * chunks * PARTS,): with two inverses, a program for each.
 
   ADJOINT picks the side on which a gate stands. Forward: F = (I + A diag(b))^-1 rhs, so that
   F = U / b exists where b is zero. Backward: dy = (I + diag(b) A)^-T dU, for the same reason.
   """
   PARTS: tl.constexpr = 2 if DELTA and RESIDUAL else 1
   part = tl.program_id(0) % PARTS
-  n = tl.program_id(0) // PARTS
-  batch = tl.program_id(1) // H
-  head = tl.program_id(1) % H
+  chunk = (tl.program_id(0) // PARTS).to(tl.int64)
+  n = chunk % chunks
+  batch = chunk // chunks // H
+  head = chunk // chunks % H
   start = (first_chunk + n) * C
-  chunk = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // PARTS) + n
 
   i = tl.arange(0, C)
   columns = tl.arange(0, BLOCK_K)
   tokens = start + i
-  row = batch.to(tl.int64) * T
+  row = batch * T
   keys = ((row + start) * G + head // (H // G)) * K
   offsets = i[:, None] * (G * K) + columns[None, :]
   seen = (tokens < T)[:, None] & (columns < K)[None, :]
@@ -83,36 +86,33 @@ def prepare_kernel(
   cumulative, before, era, era_before, _ = chunk_decays(
     log_decay_ptr, segments_ptr, batch, head, start, T, H, C, SEGMENTED
   )
-  L = decay_between(cumulative, era, cumulative, era, True, C)
   is_diagonal = i[:, None] == i[None, :]
+  L = decay_between(cumulative, era, cumulative, era, True, C)
   k = tl.load(k_ptr + keys + offsets, mask=seen, other=0.0)
   if DELTA or RESIDUAL:
     gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
 
   if part == PARTS - 1:
     beta = tl.load(beta_ptr + gate_offsets, mask=tokens < T, other=0.0)
-    decay_in = tl.exp2(tl.where(era == 0, cumulative, float('-inf')))
-    last = tl.sum(tl.where(i == C - 1, cumulative, 0.0), 0)
-    last_era = tl.sum(tl.where(i == C - 1, era, 0), 0)
-    decay_out = tl.exp2(tl.where(era == last_era, last - cumulative, float('-inf')))
+    from_start = decay_in(cumulative, era)
+    to_end = decay_out(cumulative, era, C)
     gates = gates_ptr + chunk * (ROWS * C) + i
-    tl.store(gates + BASE_IN * C, decay_in)
-    tl.store(gates + BASE_OUT * C, decay_out if ADJOINT else decay_out * beta)
-    tl.store(gates + BASE_READ * C, decay_in * beta)
+    tl.store(gates + BASE_IN * C, from_start)
+    tl.store(gates + BASE_OUT * C, to_end if ADJOINT else to_end * beta)
+    tl.store(gates + BASE_READ * C, from_start * beta)
+    if RESIDUAL:
+      gamma = tl.load(gamma_ptr + gate_offsets, mask=tokens < T, other=0.0)
+      tl.store(gates + BASE_BEFORE * C, decay_in(before, era_before))
+      tl.store(gates + RESIDUAL_IN * C, from_start)
+      tl.store(gates + RESIDUAL_READ * C, from_start * gamma)
+      tl.store(gates + RESIDUAL_OUT * C, to_end if ADJOINT else to_end * gamma)
+      tl.store(gates + GAMMA * C, gamma)
     q = tl.load(q_ptr + keys + offsets, mask=seen, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * L
     # The base read-out of the residual form leaves out the current token.
     base_scores = tl.where(is_diagonal, 0.0, scores) if RESIDUAL else scores
     tl.store(out, (base_scores if ADJOINT else base_scores * beta[None, :]).to(dtype))
     if RESIDUAL:
-      gamma = tl.load(gamma_ptr + gate_offsets, mask=tokens < T, other=0.0)
-      tl.store(
-        gates + BASE_BEFORE * C, tl.exp2(tl.where(era_before == 0, before, float('-inf')))
-      )
-      tl.store(gates + RESIDUAL_IN * C, decay_in)
-      tl.store(gates + RESIDUAL_READ * C, decay_in * gamma)
-      tl.store(gates + RESIDUAL_OUT * C, decay_out if ADJOINT else decay_out * gamma)
-      tl.store(gates + GAMMA * C, gamma)
       scores = gamma[:, None] * scores
       scores = (scores if ADJOINT else scores * gamma[None, :]).to(dtype)
       tl.store(out + (1 + DELTA) * C * C, scores)
@@ -126,12 +126,11 @@ def prepare_kernel(
     N *= gate[:, None] if ADJOINT else gate[None, :]
     inverse = unit_lower_inverse(N, C, SOLVE)
     tl.store(out + (C * C if is_base else 4 * C * C), inverse.to(dtype))
-  if RESIDUAL:
-    if part == 0:
-      prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
-      if DELTA:
-        through = inverse if ADJOINT else gate[:, None] * inverse
-        prediction = tl.dot(prediction, through, input_precision=SOLVE)
-      elif not ADJOINT:
-        prediction *= tl.load(beta_ptr + gate_offsets, mask=tokens < T, other=0.0)[None, :]
-      tl.store(out + (2 + DELTA) * C * C, prediction.to(dtype))
+  if RESIDUAL and part == 0:
+    prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
+    if DELTA:
+      through = inverse if ADJOINT else gate[:, None] * inverse
+      prediction = tl.dot(prediction, through, input_precision=SOLVE)
+    elif not ADJOINT:
+      prediction *= tl.load(beta_ptr + gate_offsets, mask=tokens < T, other=0.0)[None, :]
+    tl.store(out + (2 + DELTA) * C * C, prediction.to(dtype))

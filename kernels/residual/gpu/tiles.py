@@ -38,6 +38,22 @@ def store_tile(pointers, tile, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def load_columns(
+  pointer, rows, columns, first, row_seen, COLUMNS: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+  """Columns first .. of a matrix whose row offsets are `rows`; zero beyond COLUMNS."""
+  columns += first
+  seen = row_seen[:, None] & (columns < COLUMNS)[None, :]
+  return load_tile(pointer + rows[:, None] + columns[None, :], seen, EVEN)
+
+
+@triton.jit
+def scaled(gate, tile):
+  """Rows of a tile times a gate, in the tile's dtype."""
+  return (gate[:, None] * tile.to(tl.float32)).to(tile.dtype)
+
+
+@triton.jit
 def chunk_decays(
   log_decay_ptr,
   segments_ptr,
@@ -56,7 +72,7 @@ def chunk_decays(
   Two tokens see each other only in the same era.
   """
   tokens = start + tl.arange(0, C)
-  row = batch.to(tl.int64) * T
+  row = batch * T
   log_decay = tl.load(
     log_decay_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0
   )
@@ -76,12 +92,36 @@ def chunk_decays(
 
 
 @triton.jit
+def decay_in(G, era):
+  """exp(G): what is left at each token of the state before the chunk, 0 from a reset on."""
+  return tl.exp2(tl.where(era == 0, G, float('-inf')))
+
+
+@triton.jit
+def decay_out(G, era, C: tl.constexpr):
+  """exp(G_C - G): what the chunk's end sees of each token."""
+  is_last = tl.arange(0, C) == C - 1
+  last = tl.sum(tl.where(is_last, G, 0.0), 0)
+  last_era = tl.sum(tl.where(is_last, era, 0), 0)
+  return tl.exp2(tl.where(era == last_era, last - G, float('-inf')))
+
+
+@triton.jit
 def decay_between(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl.constexpr):
   """exp(G_i - G_j) for i >= j (or i > j) of one era, else 0: the matrices L and Lx."""
   i = tl.arange(0, C)
   seen = i[:, None] >= i[None, :] if INCLUSIVE else i[:, None] > i[None, :]
   seen = seen & (era_to[:, None] == era_from[None, :])
   return tl.exp2(tl.where(seen, G_to[:, None] - G_from[None, :], float('-inf')))
+
+
+@triton.jit
+def decay_onto(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl.constexpr):
+  """The transpose of `decay_between`, with the same arguments."""
+  i = tl.arange(0, C)
+  seen = i[None, :] >= i[:, None] if INCLUSIVE else i[None, :] > i[:, None]
+  seen = seen & (era_to[None, :] == era_from[:, None])
+  return tl.exp2(tl.where(seen, G_to[None, :] - G_from[:, None], float('-inf')))
 
 
 @triton.jit
