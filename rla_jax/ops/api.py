@@ -1,5 +1,6 @@
 """The public operators: validate, canonicalise, choose an implementation, run it."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -267,19 +268,23 @@ def _run(update, q, k, v, *gates, implementation, **options) -> tuple[Values, Re
   name = dispatch.select(inputs, options, implementation)
   if v.size == 0:
     return v, inputs.state
-
-  def run(inputs: Inputs):
-    return dispatch.module(name).run(inputs, options)
-
-  o_BTHV, state = run(inputs) if inputs.segments is None else segments.isolate(run, inputs)
+  o_BTHV, state = _compute(inputs, dispatch.module(name).run, options)
   return o_BTHV.astype(v.dtype), state
 
 
 def _step(update, q, k, v, log_decay, beta, gamma, state, *, implementation, **options):
   inputs, options = canonicalise_step(update, q, k, v, log_decay, beta, gamma, state, **options)
   name = dispatch.select_step(inputs, options, implementation)
-  o_BHV, state = dispatch.module(name).run_step(inputs, options)
+  o_BHV, state = _compute(inputs, dispatch.module(name).run_step, options)
   return o_BHV.astype(v.dtype), state
+
+
+# A call outside of jit compiles once, not operation by operation; inside it, nothing changes.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _compute(inputs: Inputs, run: Callable, options: Options):
+  if inputs.segments is None:
+    return run(inputs, options)
+  return segments.isolate(lambda inputs: run(inputs, options), inputs)
 
 
 def _abstractly(question: Callable[[Inputs, Options], object], operator, args, kwargs):
