@@ -173,6 +173,8 @@ def test_lowers_for_cuda(monkeypatch):
   except ImportError as error:  # jax-triton wants the plugin when it is imported
     pytest.skip(f"jax-triton, or JAX's CUDA plugin, is not installed: {error}")
   library = triton_lib.triton_kernel_call_lib
+  if not hasattr(library, 'get_compute_capability'):  # so newer ones say it
+    pytest.skip("JAX's CUDA plugin is not installed")
   monkeypatch.setattr(library, 'get_compute_capability', lambda device: 90)
   shapes = [(2, 4, 64)] * 3 + [(2, 4)] * 3 + [(2, 4, 64, 64)] * 2
   inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
