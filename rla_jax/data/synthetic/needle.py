@@ -18,7 +18,6 @@ Reference:
 
 import bisect
 import dataclasses
-import functools
 import re
 import uuid
 from collections.abc import Callable
@@ -113,6 +112,7 @@ class Haystacks:
     self._words = essay.split() if self.task.haystack == 'essay' else []
     if self.task.haystack == 'essay' and not self._words:
       raise DataError('the essay of a needle task has no words')
+    self._cut: dict[int, list[str]] = {}
     self._size = self._fitting(np.random.default_rng(0))
 
   def draw(self, rng: np.random.Generator) -> Sample:
@@ -178,17 +178,12 @@ class Haystacks:
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
   def _sentences(self, words: int) -> list[str]:
-    return list(_sentences(self, words))
-
-  def text(self, words: int) -> str:
-    """The first words of the essay."""
-    times = -(-words // len(self._words))
-    return ' '.join((self._words * times)[:words])
-
-
-@functools.lru_cache(maxsize=4)
-def _sentences(haystacks: Haystacks, words: int) -> tuple[str, ...]:
-  return tuple(re.split(r'(?<=[.!?])\s+', haystacks.text(words)))
+    """Those of the first words of the essay."""
+    if words not in self._cut:
+      times = -(-words // len(self._words))
+      text = ' '.join((self._words * times)[:words])
+      self._cut = {words: re.split(r'(?<=[.!?])\s+', text)}  # samples mostly have one size
+    return list(self._cut[words])
 
 
 def manual() -> str:
