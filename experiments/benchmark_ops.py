@@ -34,6 +34,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leaves memory for the peers
 
@@ -61,6 +62,7 @@ CHECKED_SIZES = LIST('accuracy_sizes', ['64', '100', '128', '256'], 'its head si
 CHECKED_LENGTHS = LIST('accuracy_lengths', ['1', '63', '2048', '4097'], 'its lengths, up to 4160')
 REPEATS = flags.DEFINE_integer('repeats', 7, 'samples of a median')
 PEER_SECONDS = flags.DEFINE_float('peer_seconds', None, 'stop the peers after so long')
+SECONDS = flags.DEFINE_float('seconds', None, 'start no measurement of ours after so long a suite')
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
 OUT = flags.DEFINE_string('out', 'experiments/results', 'folder of the results')
 APPEND = flags.DEFINE_bool('append', False, 'keep the rows of older files')
@@ -108,6 +110,11 @@ def write_rows(name: str, rows: list[dict]) -> None:
   print(f'wrote {folder / name}.csv ({len(rows)} rows)')
 
 
+def deadline() -> float:
+  """Time of the monotonic clock after which a suite that begins now measures nothing more."""
+  return float('inf') if SECONDS.value is None else time.monotonic() + SECONDS.value
+
+
 def check_accuracy(seed: int) -> tuple[list[dict], list[str]]:
   """Rows of the accuracy suite, and what is over its bar."""
   names = [n for n in SELECTED.value if n != 'flash']
@@ -138,13 +145,16 @@ def check_accuracy(seed: int) -> tuple[list[dict], list[str]]:
       problem, implementation, seed + index, packed=packed, correlation=correlation
     )
 
-  rows, failures = [], []
+  rows, failures, end = [], [], deadline()
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
     reports = [pool.submit(check, case) for case in enumerate(cases)]
     for case, future in zip(cases, tqdm(reports, 'accuracy'), strict=True):
       implementation, problem, packed, correlation = case
       name = f'{problem.operation} {implementation} size {problem.size} length {problem.length}'
       name += ' packed' * packed + ' correlated' * (correlation > 0)
+      if time.monotonic() > end and future.cancel():
+        tqdm.write(f'{name}: not run: out of time')
+        continue
       try:
         report = future.result()
       except NotImplementedError as error:
@@ -209,12 +219,15 @@ def time_ours(chosen: list[Problem], seed: int) -> list[dict]:
     states = 1 + problem.has_residual
     return timing.prepare_in_place(function, shapes[:-states], shapes[-states:])
 
-  rows = []
+  rows, end = [], deadline()
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
     prepared = [pool.submit(prepare, case) for case in cases]
     list(tqdm(concurrent.futures.as_completed(prepared), 'compile', total=len(prepared)))
   for (problem, implementation), future in tqdm(list(zip(cases, prepared, strict=True)), 'speed'):
     name = f'{problem.operation} {implementation} {problem.direction} {problem.length}'
+    if time.monotonic() > end:
+      tqdm.write(f'{name}: not run: out of time')
+      continue
     try:
       programs = future.result()
       arguments = contenders.arguments(problem, on_device(problem, seed))

@@ -58,16 +58,14 @@ def heuristic(
   tile = 16 if wide else max(16, min(64, 1 << (value_dim - 1).bit_length()))
   loop = Kernel(tile, tile // 16, 2)
   deep = loop if large else dataclasses.replace(loop, stages=3)
-  # Two states' tiles are staged together, so they are half as wide.
-  wide_tile = 16 if residual else min(32, tile)
   return Blocks(
     chunk=16 if large else 32,
     span=2,
     prepare=Kernel(0, 4 if large else 1, 1),
     # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
     forward=loop if delta and residual else deep,
-    sweep=deep,
-    gradients=Kernel(16, 4, 2) if large else Kernel(wide_tile, 4, 4 if residual else 3),
+    sweep=loop,
+    gradients=Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3),
     pieces=8 if length >= 8192 else 4 if length >= 512 else 1,
   )
 
