@@ -22,7 +22,9 @@ import time
 import numpy as np
 from absl import flags
 
-from rla_jax.training.command_line import run
+from rla_jax.training import ConfigError
+from rla_jax.training.command_line import run, unknown_key
+from rla_jax.training.config import check, leaves
 from rla_jax.training.progress import duration
 
 RATES = tuple(float(f'{rate:.4g}') for rate in np.logspace(-3, -1.5, 4))
@@ -68,12 +70,14 @@ def sweep(root: pathlib.Path) -> None:
   from mqar_ensemble import Ensemble, Member
 
   get_config = runpy.run_path(str(ROOT / 'configs' / 'mqar.py'))['get_config']
-  members = [Member(float(r), int(s)) for r in _RATES.value for s in _SEEDS.value]
-  jobs = [(mixer, int(width)) for width in _WIDTHS.value for mixer in _MIXERS.value]
+  try:
+    members = [Member(float(r), int(s)) for r in _RATES.value for s in _SEEDS.value]
+  except ValueError as error:
+    raise ConfigError(f'--rates and --seeds: {error}') from error
+  jobs = [(mixer, width) for width in _WIDTHS.value for mixer in _MIXERS.value]
   begin, seconds = time.perf_counter(), []
-  for number, (mixer, width) in enumerate(jobs):
-    config = get_config(f'{mixer},{width}')
-    config.update_from_flattened_dict(dict(_parse(item) for item in _SET.value))
+  configs = [_config(get_config, *job) for job in jobs]  # all, so that a wrong one fails at once
+  for number, ((mixer, width), config) in enumerate(zip(jobs, configs, strict=True)):
     folder = root / f'{mixer}_d{width}_{_digest(members, _SET.value)}'
     if (folder / 'curve.csv').exists():
       print(f'{folder.name}: finished before')
@@ -93,7 +97,7 @@ def sweep(root: pathlib.Path) -> None:
 
     finished = ensemble.run(_EVALUATE_EVERY.value, report, lambda: late(begin))
     seconds.append(time.perf_counter() - start)
-    common = {'task': config.data.path, 'mixer': mixer, 'width': width}
+    common = {'task': config.data.path, 'mixer': mixer, 'width': int(width)}
     common['state_bytes'] = state_bytes(config)
     rows = [{**common, **row, **provenance()} for row in ensemble.curve]
     if not finished:
@@ -231,6 +235,20 @@ def _digest(members, overrides) -> str:
 
   text = json.dumps([[m.learning_rate, m.seed] for m in members] + list(overrides))
   return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def _config(get_config, mixer: str, width: str):
+  try:
+    config = get_config(f'{mixer},{width}')
+    changes = dict(_parse(item) for item in _SET.value)
+    for key in changes:
+      if key not in leaves(config):
+        raise ValueError(unknown_key(key, config))
+    config.update_from_flattened_dict(changes)
+  except (ValueError, TypeError) as error:
+    raise ConfigError(' '.join(str(error).split())) from error
+  check(config)
+  return config
 
 
 def _parse(item: str):

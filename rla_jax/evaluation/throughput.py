@@ -22,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rla_jax import generation
+from rla_jax.data import DataError
 from rla_jax.evaluation import figures, results
 from rla_jax.evaluation.results import Result
 from rla_jax.evaluation.run import Run
@@ -132,10 +133,13 @@ def with_mixer(config: ModelConfig, mixer: str) -> ModelConfig:
   """The same model with one mixer in all its layers.
 
   Raises:
-    ValueError: an unknown mixer.
+    DataError: an unknown mixer.
   """
   options = {mixer: config.layer_options[mixer]} if mixer in config.layer_options else {}
-  return dataclasses.replace(config, pattern=(mixer,), layer_options=options)
+  try:
+    return dataclasses.replace(config, pattern=(mixer,), layer_options=options)
+  except ValueError as error:
+    raise DataError(f'mixer {mixer!r}: {error}') from error
 
 
 def train(model: LanguageModel, config, count: int, length: int) -> Timing:
