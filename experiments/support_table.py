@@ -19,7 +19,7 @@ import csv
 import dataclasses
 import datetime
 import functools
-import importlib
+import importlib.util
 import itertools
 import pathlib
 import platform
@@ -255,6 +255,8 @@ def main(_):
   unknown = sorted(set(IMPLEMENTATIONS.value) - set(ops.IMPLEMENTATIONS))
   if unknown:
     raise app.UsageError(f'--implementations has {unknown}; expected {list(ops.IMPLEMENTATIONS)}')
+  if INTERPRET.value and 'triton' in IMPLEMENTATIONS.value and not importlib.util.find_spec('triton'):
+    raise app.UsageError("--interpret needs Triton: pip install -e '.[test]'")
   table = {row: {} for row in rows()}
   work = list(itertools.product(table, IMPLEMENTATIONS.value))
   with tqdm(work, unit='cell', disable=None) as progress:
