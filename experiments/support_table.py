@@ -255,7 +255,8 @@ def main(_):
   unknown = sorted(set(IMPLEMENTATIONS.value) - set(ops.IMPLEMENTATIONS))
   if unknown:
     raise app.UsageError(f'--implementations has {unknown}; expected {list(ops.IMPLEMENTATIONS)}')
-  if INTERPRET.value and 'triton' in IMPLEMENTATIONS.value and not importlib.util.find_spec('triton'):
+  wanted = INTERPRET.value and 'triton' in IMPLEMENTATIONS.value
+  if wanted and not importlib.util.find_spec('triton'):
     raise app.UsageError("--interpret needs Triton: pip install -e '.[test]'")
   table = {row: {} for row in rows()}
   work = list(itertools.product(table, IMPLEMENTATIONS.value))
