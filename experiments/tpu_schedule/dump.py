@@ -13,7 +13,7 @@ def flags(folder: pathlib.Path) -> str:
   """Value of LIBTPU_INIT_ARGS that makes the compiler write its schedules to `folder`."""
   return (
     f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true '
-    '--xla_jf_debug_level=2'
+    '--xla_jf_debug_level=2 --xla_jf_dump_llo_pass_label_regex=final.*'
   )
 
 

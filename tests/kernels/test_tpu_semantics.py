@@ -12,7 +12,8 @@ STRICT = pltpu.InterpretParams(
 )
 
 
-@pytest.mark.parametrize('update', ['additive', pytest.param('delta', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('update', ['additive', 'delta'])
 def test_memory_is_used_as_it_should(update):
   # Two grid steps of four chunks, and one chunk padded.
   call = harness.make_call(update=update, time=70, segments=[0, 20])

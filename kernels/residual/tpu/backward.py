@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 
 from rla_jax.kernels.residual.tpu import blocks, tiles, tokens
 from rla_jax.kernels.residual.tpu.blocks import Plan
-from rla_jax.kernels.residual.tpu.forward import read_out
+from rla_jax.kernels.residual.tpu.forward import predict_within, read_out
 from rla_jax.kernels.residual.tpu.tiles import NT, TN, dot, iota
 
 
@@ -139,9 +139,9 @@ def _chunk(ins, outs, c, n, h, plan):
 
   # What the forward pass had: U, W and the mask of the clip. Terms of the gates' gradients are
   # added up as soon as they are known, so that few tiles wait for the end.
-  decay = tiles.decay_pair(c, chunk)
-  unit, gate, read_base, read_residual = read_out(c, decay, plan)
-  decay = decay[:, :chunk]
+  decay_pair = tiles.decay_pair(c, chunk)
+  unit, gate, read_base, read_residual = read_out(c, decay_pair, plan)
+  decay = decay_pair[:, :chunk]
   unit_scores = unit * gram[chunk:]
   scores = unit_scores * gate
   px = decay * gram[:chunk, :chunk]
@@ -160,7 +160,7 @@ def _chunk(ins, outs, c, n, h, plan):
       row_upto, row_before = [residual_row], row_upto
     # As the forward pass rounds it, for the same mask.
     k_base = from_start * k_base
-    p = k_base + multiply(px * c.row(tokens.BETA), f_base)
+    p = k_base + predict_within(c, decay_pair, gram[:chunk], f_base.astype(dtype), plan)
     yield
     d = v - p
     clipped = d if rule.clip is None else jnp.clip(d, -rule.clip, rule.clip)

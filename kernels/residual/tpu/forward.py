@@ -10,8 +10,10 @@ of tokens.py, T_b and T_g from inverse.py (the identity for the additive update)
 
 Precision: float32 inputs multiply at full float32 precision throughout. bfloat16 inputs multiply in
 one bf16 pass; the states, the scalars, the residual, all sums and every elementwise operation are
-float32, and a state is rounded only as an operand. F is saved as it was rounded for the products,
-and the backward pass repeats the operations up to V - P: it meets the same clip mask.
+float32, and a state is rounded only as an operand. With the delta rule, whose predictions feed
+back, Px and the keys that write R have twice the digits: with correlated keys these two decide.
+F is saved as it was rounded for the products, and the backward pass repeats the operations up to
+V - P: it meets the same clip mask.
 """
 
 import functools
@@ -22,7 +24,7 @@ from jax.experimental import pallas as pl
 
 from rla_jax.kernels.residual.tpu import blocks, tiles, tokens
 from rla_jax.kernels.residual.tpu.blocks import Plan
-from rla_jax.kernels.residual.tpu.tiles import NT, dot, iota
+from rla_jax.kernels.residual.tpu.tiles import NT, dot, dot_split, iota
 
 
 def forward(
@@ -119,7 +121,8 @@ def _chunk(ins, outs, c, n, h, plan):
   f_base = f_base.astype(dtype)
   if 'f_base' in outs:
     outs['f_base'][0, at, plan.values_of(h)] = f_base
-  k_t = k.T.astype(jnp.float32)
+  k_pair = (jnp.concatenate([k, k]) if rule.delta and rule.residual else k).T.astype(jnp.float32)
+  k_t = k_pair[:, :chunk]
   to_end, keep = c.row(tokens.TO_END), c.whole_chunk()
   writes = dot(k_t * (to_end * c.row(tokens.BETA)), f_base, dtype=dtype)
   outs['base'][0, h] = jnp.where(keep > 0, keep * base, 0.0) + writes
@@ -128,8 +131,7 @@ def _chunk(ins, outs, c, n, h, plan):
     outs['o'][0, at, plan.values_of(h)] = o.astype(outs['o'].dtype)
     return
 
-  px = decay * gram[:chunk] * c.rows(tokens.BETA, tokens.BETA)
-  p = k_base + dot(px[:, :chunk], f_base, dtype=dtype)
+  p = k_base + predict_within(c, decay, gram[:chunk], f_base, plan)
   yield
   f_residual = v - p if rule.clip is None else jnp.clip(v - p, -rule.clip, rule.clip)
   if rule.delta:
@@ -139,11 +141,26 @@ def _chunk(ins, outs, c, n, h, plan):
   f_residual = f_residual.astype(dtype)
   if 'f_residual' in outs:
     outs['f_residual'][0, at, plan.values_of(h)] = f_residual
-  writes = dot(k_t * (to_end * c.row(tokens.GAMMA)), f_residual, dtype=dtype)
+  if rule.delta:
+    strength = c.rows(tokens.TO_END, tokens.TO_END) * c.rows(tokens.GAMMA, tokens.GAMMA)
+    writes = dot_split(k_pair * strength, f_residual, dtype=dtype)
+  else:
+    writes = dot(k_t * (to_end * c.row(tokens.GAMMA)), f_residual, dtype=dtype)
   outs['residual'][0, h] = jnp.where(keep > 0, keep * residual, 0.0) + writes
   o = o + read_residual * q_residual
   o = o + dot(scores, jnp.concatenate([f_base, f_residual]), dtype=dtype)
   outs['o'][0, at, plan.values_of(h)] = o.astype(outs['o'].dtype)
+
+
+def predict_within(c: tiles.Scalars, decay, gram, f_base, plan: Plan):
+  """Px U: what the chunk's own writes predict, from decay = [Lx | Lx] and gram = [K K^T | K K^T].
+
+  Both passes form it here, so that they meet the same clip mask.
+  """
+  px = decay * gram * c.rows(tokens.BETA, tokens.BETA)
+  if plan.rule.delta:
+    return dot_split(px, f_base, dtype=f_base.dtype)
+  return dot(px[:, : plan.chunk], f_base, dtype=f_base.dtype)
 
 
 def read_out(c: tiles.Scalars, decay, plan: Plan):

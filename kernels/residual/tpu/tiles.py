@@ -21,6 +21,19 @@ def dot(x, y, dims=NN, *, dtype):
   )  # fmt: skip
 
 
+def dot_split(pair, y, *, dtype):
+  """x y with x rounded to twice bf16's digits, from [x | x] in float32 [R, 2C] and y [C, L].
+
+  The high and the low part of x stand side by side and meet y twice: the matrix unit is as deep.
+  """
+  size = y.shape[0]
+  if dtype == jnp.float32:
+    return dot(pair[:, :size], y, dtype=dtype)
+  high = pair.astype(dtype).astype(jnp.float32)
+  parts = jnp.where(iota(pair.shape, 1) < size, high, pair - high)
+  return dot(parts, jnp.concatenate([y, y]), dtype=dtype)
+
+
 def iota(shape, axis):
   """int32 index along `axis`."""
   return lax.broadcasted_iota(jnp.int32, shape, axis)
