@@ -18,7 +18,7 @@ def unsupported(package: str, inputs: Inputs, options: Options) -> str | None:
     key_dim=inputs.k.shape[-1],
     value_dim=inputs.v.shape[-1],
     dtype=inputs.v.dtype,
-    channel_decay=inputs.log_decay.ndim == 4,
+    channel_decay=inputs.log_decay.ndim == inputs.v.ndim,  # with or without a time axis
     readout=options.readout,
     residual=inputs.gamma is not None,
   )

@@ -1,5 +1,6 @@
 """implementation="triton": the fused GPU kernels, behind the interface of the plain forms."""
 
+import dataclasses
 import importlib.util
 
 from rla_jax.ops import kernel_call
@@ -16,6 +17,8 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
     return f'the Triton kernels run on NVIDIA GPUs; the platform is {platform!r}'
   if importlib.util.find_spec('jax_triton') is None:
     return 'jax-triton is not installed (pip install "rla-jax[cuda]")'
+  if inputs.v.ndim == 3:  # one token: the decode kernel has both read-outs
+    options = dataclasses.replace(options, readout='gated')
   return kernel_call.unsupported(PACKAGE, inputs, options)
 
 

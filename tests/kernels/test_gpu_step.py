@@ -11,9 +11,11 @@ pytest.importorskip('triton')
 
 from rla_jax import ops
 from rla_jax.kernels.residual.gpu import step
+from rla_jax.ops import triton as triton_form
 from rla_jax.ops.inputs import Options, repeat_heads
 from rla_jax.ops.state import ResidualState
 from rla_jax.ops.step import advance
+from rla_jax.ops.validate import canonicalise_step
 from tests.kernels import triton_harness as harness
 
 BARS = {jnp.float32: 2e-6, jnp.bfloat16: 0.003, jnp.float16: 4e-4}  # o is rounded to the dtype once
@@ -176,3 +178,22 @@ def test_compiles_without_spills(size, capability):
   assert compiled.spill_bytes == 0
   assert compiled.registers <= 168  # three programs of 128 threads a multiprocessor, or more
   assert 'ld.global.v4' in compiled.ptx and 'st.global.v4' in compiled.ptx  # 16 bytes a thread
+
+
+def test_decode_has_both_readouts_but_no_decay_a_channel(monkeypatch):
+  """What `implementation='triton'` answers for one token."""
+  monkeypatch.setattr(triton_form, 'current_platform', lambda: 'cuda')
+  monkeypatch.setattr(triton_form.importlib.util, 'find_spec', lambda name: name)
+  q = k = v = jnp.zeros((2, 3, 16))
+  gate, state = jnp.zeros((2, 3)), jnp.zeros((2, 3, 16, 16))
+
+  def answer(log_decay, readout):
+    state_ = ops.ResidualState(state, state)
+    inputs, options = canonicalise_step(
+      'delta', q, k, v, log_decay, gate, gate, state_, clip=1.0, readout=readout
+    )
+    return triton_form.unsupported(inputs, options)
+
+  assert answer(gate, 'gated') is None
+  assert answer(gate, 'sum') is None
+  assert 'decay' in answer(jnp.zeros((2, 3, 16)), 'gated')
