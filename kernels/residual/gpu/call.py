@@ -235,6 +235,7 @@ def _sweeps(call, do, passes, dbase, dresidual, first, spans):
   delta, residual = call.config.delta, call.config.residual
   squares, gates = call.prepare(first, spans, adjoint=True)
   sweep = functools.partial(_sweep, call, do, squares, gates, passes, first, spans)
+  # Places of scores, inverse and prediction as `matrices` orders them, then rows of the gates.
   residual_dstates = dz = None
   if residual:
     residual_dstates, dz, dresidual = sweep(
