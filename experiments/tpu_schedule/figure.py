@@ -25,7 +25,8 @@ def draw(totals: list[dict], path: pathlib.Path) -> None:
       least = [float(row[f'{direction}_bound']) for row in some]
       axis.bar(names, least, color='#ee6677', width=0.4, label='matrix-unit bound')
       axis.set(title=f'{topology.split(":")[0]} {direction}')
-  axes[0, 0].legend()
+  axes[0, 0].margins(y=0.4)
+  axes[0, 0].legend(loc='upper left', fontsize=8)
   figure.supylabel('bundles a token and head')
   figure.suptitle('bf16, K = V = 128: compiled, not run')
   figure.savefig(path, dpi=150)
