@@ -1,0 +1,58 @@
+"""What the compiler says of a step, and the nearest layout where it does not fit."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from rla_jax import sharding
+from rla_jax.training import ConfigError, fit
+from rla_jax.training.utilisation import Peak
+
+ROOMY = Peak(flops=1e12, memory=1e12, memory_rate=1e11, link_rate=1e10)
+
+
+@pytest.fixture
+def config(config):
+  config.model.vocab_size = 512
+  config.model.model_dim = 64
+  config.model.ffn_dim = 256
+  config.data.batch_size = 16
+  return config
+
+
+def test_a_step_is_measured(config):
+  found = fit.measure(config, sharding.make_mesh(data=1, fsdp=8), ROOMY)
+  weights = 4 * 64 * 16 + 3 * 64 * 256 + 512 * 64  # Attention of 2 x 8, SwiGLU, head.
+  tokens = 16 * 16
+  attention = 4 * 2 * 8 * (16 + 1) / 2
+  assert found.model_flops == pytest.approx(3 * tokens * (2 * weights + attention) / 8)
+  assert 0.9 < found.flops / found.model_flops < 1.2  # Attention's masked half, and a one-hot.
+  parameters = 512 * 64 * 2 + 4 * 64 * 16 + 3 * 64 * 256
+  assert found.resident == pytest.approx(3 * 4 * parameters / 8, rel=0.1)  # Adam has two moments.
+  assert found.resident < found.needed < 20 * found.resident
+  gathered = sum(size for kind, (_, size) in found.communication.items() if 'gather' in kind)
+  assert gathered >= 4 * 0.5 * parameters
+  assert found.fits
+  assert found.seconds == max(found.compute_seconds, found.link_seconds) > 0
+  assert 'MFU at most' in str(found)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_gets_the_nearest_layout_that_does(config):
+  whole = fit.measure(config, sharding.make_mesh(data=8), ROOMY)
+  small = dataclasses.replace(ROOMY, memory=0.6 * whole.needed)
+  failed = dataclasses.replace(whole, peak=small)
+  assert not failed.fits
+  found = fit.nearest(config, jax.devices(), failed)
+  assert found.fits
+  assert found.needed < small.memory
+  assert (found.mesh, found.accumulate) != (failed.mesh, failed.accumulate)
+  assert config.accumulate == 1  # The caller's config is as it was.
+  tiny = dataclasses.replace(whole, peak=dataclasses.replace(ROOMY, memory=1e3))
+  assert fit.nearest(config, jax.devices(), tiny) is None
+
+
+def test_devices_without_known_rates_are_refused(config):
+  with pytest.raises(ConfigError, match="peak rates of 'cpu' are not known"):
+    fit.measure(config, sharding.make_mesh())
