@@ -219,15 +219,27 @@ def _backward(config: Config):
     dlog_decay, dbeta, dgamma = jax.tree.map(
       lambda *parts: jnp.concatenate(parts[::-1], axis=1)[:, : call.T], *gates
     )
-    if call.G != call.H:
-      group = (call.B, call.T, call.G, call.H // call.G, call.K)
-      dq, dk = (x.reshape(group).astype(jnp.float32).sum(3).astype(q.dtype) for x, q in
-                ((dq, call.q), (dk, call.k)))  # fmt: skip
     return dq, dk, dv, dlog_decay, dbeta, dgamma, dbase, dresidual
 
   *tokens, base, residual, segments = INPUTS
   inputs = ((*tokens, segments), SAVED, OUTPUTS)
-  return fold_into_batch(over_batch_and_heads(run, inputs, (*tokens, base, residual)))
+  split = over_batch_and_heads(run, inputs, ('BTHK', 'BTHK', *tokens[2:], base, residual))
+
+  def summed(inputs, saved, cotangents):
+    dq, dk, *others = split(inputs, saved, cotangents)
+    # Out here XLA also adds what the heads of a group give on other devices.
+    dq, dk = (_sum_heads(x, like) for x, like in ((dq, inputs[0]), (dk, inputs[1])))
+    return dq, dk, *others
+
+  return fold_into_batch(summed)
+
+
+def _sum_heads(dx_BTHK, x_BTGK):
+  """Gradient of queries or keys from those of the value heads that share them."""
+  B, T, G, K = x_BTGK.shape
+  if G == dx_BTHK.shape[2]:
+    return dx_BTHK
+  return dx_BTHK.reshape(B, T, G, -1, K).astype(jnp.float32).sum(3).astype(x_BTGK.dtype)
 
 
 def _sweeps(call, do, passes, dbase, dresidual, first, spans):
