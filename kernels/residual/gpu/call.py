@@ -237,7 +237,7 @@ def _backward(config: Config):
 def _sum_heads(dx_BTHK, x_BTGK):
   """Gradient of queries or keys from those of the value heads that share them."""
   B, T, G, K = x_BTGK.shape
-  if G == dx_BTHK.shape[2]:
+  if dx_BTHK.shape[2] == G:
     return dx_BTHK
   return dx_BTHK.reshape(B, T, G, -1, K).astype(jnp.float32).sum(3).astype(x_BTGK.dtype)
 
