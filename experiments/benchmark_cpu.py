@@ -1,16 +1,17 @@
 """Speed and memory of the plain-JAX forms on a CPU, over the length of the sequence.
 
-    python experiments/benchmark_cpu.py                      # half an hour on two cores; be alone
+    python experiments/benchmark_cpu.py                      # a quarter of an hour on two cores; be alone
     python experiments/benchmark_cpu.py --lengths=256,1024 --updates=delta --budget=0.5   # minutes
 
 Contenders: 'chunked', 'associative' and 'reference' of the library, and 'plain': a scan over chunks
 as one writes it in 30 lines of jnp (below), with the inverse as a product of powers and the
 gradient by automatic differentiation. (Such powers lose all digits when keys repeat; `jax.scipy`'s
 triangular solve would not, but XLA's CPU client can hang in it inside a differentiated scan.) Each
-is checked against the reference before it is timed.
+is checked against the reference, on the shortest of the lengths, before it is timed.
 
-Time is the median over rounds; in a round every contender runs once, in turn, so that what else the
-machine does meets all of them. Memory is the compiler's own account of the program (arguments,
+Time is the median over rounds; in a round every contender runs in turn, so that what else the
+machine does meets all of them: twice, and the second call counts, so that none pays for taking back
+the memory that its predecessor returned to the system. Memory is the compiler's own account of the program (arguments,
 results and temporaries), beside the bytes of q, k, v and o. What would need more than --memory GiB
 is not run, and the line says so.
 
@@ -162,20 +163,19 @@ def times_qkvo(compiled, length: int, batch: int, heads: int, size: int) -> floa
   return program_bytes(compiled) / (4 * 4 * batch * length * heads * size)
 
 
-def check(contenders: list[str], update: str, length: int = 192):
-  """Fails if a contender does not compute what the reference does, forward and backward."""
-  arrays = problem(length, 1, 2, 16)
-  wanted = jax.tree.leaves(program('reference', update, 'forward_backward')(*arrays))
-  for name in contenders:
-    found = jax.tree.leaves(program(name, update, 'forward_backward')(*arrays))
-    for got, want in zip(found, wanted, strict=True):
+def check(compiled: dict, arrays: list[jax.Array], update: str, direction: str):
+  """Fails if a contender's program does not compute what the reference does."""
+  reference = compiled.get('reference') or program('reference', update, direction)
+  wanted = jax.tree.leaves(reference(*arrays))
+  for name, function in compiled.items():
+    for got, want in zip(jax.tree.leaves(function(*arrays)), wanted, strict=True):
       error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
       if not error < 2e-5:
         raise AssertionError(f'{name} differs from the reference by {error:.1e} ({update})')
 
 
-def compare(update: str, direction: str, length: int, progress) -> list[Line]:
-  """Compiles, checks and times all contenders on one length."""
+def compare(update: str, direction: str, length: int, checked: bool, progress) -> list[Line]:
+  """Compiles, checks (if so) and times all contenders on one length."""
   sizes = (BATCH.value, HEADS.value, SIZE.value)
   arrays = problem(length, *sizes)
   compiled, refused = {}, {}
@@ -183,6 +183,8 @@ def compare(update: str, direction: str, length: int, progress) -> list[Line]:
     progress.set_postfix_str(f'{update} {direction} T={length}: compiling {name}')
     built = program(name, update, direction).lower(*arrays).compile()
     (refused if program_bytes(built) > MEMORY.value * GIB else compiled)[name] = built
+  if checked:
+    check(compiled, arrays, update, direction)
   progress.set_postfix_str(f'{update} {direction} T={length}: timing')
   times = _time_in_turn(compiled, arrays)
   medians = {name: statistics.median(found) for name, found in times.items()}
@@ -204,14 +206,13 @@ def compare(update: str, direction: str, length: int, progress) -> list[Line]:
 
 def _time_in_turn(compiled, arrays) -> dict[str, list[float]]:
   """Seconds a call; contenders whose budget is spent leave after the least number of rounds."""
-  for function in compiled.values():
-    jax.block_until_ready(function(*arrays))
   times, spent = {name: [] for name in compiled}, collections.Counter()
   while True:
     running = [n for n in compiled if len(times[n]) < ROUNDS.value or spent[n] < BUDGET.value]
     if not running:
       return times
     for name in running:
+      jax.block_until_ready(compiled[name](*arrays))
       start = time.perf_counter()
       jax.block_until_ready(compiled[name](*arrays))
       times[name].append(time.perf_counter() - start)
@@ -313,15 +314,12 @@ def main(_):
   lengths = [int(length) for length in LENGTHS.value]
   if 'plain' in CONTENDERS.value and any(length % 64 for length in lengths):
     raise app.UsageError(f'--lengths is {lengths}; the plain form takes multiples of 64')
-  for update in UPDATES.value:
-    check(CONTENDERS.value, update)
-  lines = []
+  folder, lines = pathlib.Path(OUT.value), []
   work = list(itertools.product(UPDATES.value, DIRECTIONS, lengths))
   with tqdm(work, disable=None) as progress:
     for update, direction, length in progress:
-      lines += compare(update, direction, length, progress)
-  folder = pathlib.Path(OUT.value)
-  write_csv(folder / 'benchmark_cpu.csv', lines)
+      lines += compare(update, direction, length, length == min(lengths), progress)
+      write_csv(folder / 'benchmark_cpu.csv', lines)  # what is interrupted keeps what it measured
   draw(folder / 'benchmark_cpu.png', lines)
   print(render(lines))
   print(f'written to {folder / "benchmark_cpu.csv"} and {folder / "benchmark_cpu.png"}')

@@ -5,11 +5,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEVICES = '--xla_force_host_platform_device_count'
+# Programs here are compiled once and run once on little arrays: LLVM's optimisations cost more than
+# they save. XLA's own passes all run.
+FLAGS = {
+  '--xla_force_host_platform_device_count': 8,
+  '--xla_backend_optimization_level': 0,
+}
 
 # JAX reads these once, when it is imported. JAX_PLATFORMS=cuda or tpu runs the same tests there.
-if DEVICES not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8'.strip()
+given = os.environ.get('XLA_FLAGS', '')
+ours = [f'{name}={value}' for name, value in FLAGS.items() if name not in given]
+os.environ['XLA_FLAGS'] = ' '.join([given, *ours]).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('MPLBACKEND', 'agg')
 if str(ROOT) not in sys.path:
