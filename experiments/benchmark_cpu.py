@@ -1,6 +1,6 @@
 """Speed and memory of the plain-JAX forms on a CPU, over the length of the sequence.
 
-    python experiments/benchmark_cpu.py                      # a quarter of an hour on two cores; be alone
+    python experiments/benchmark_cpu.py            # a quarter of an hour; be alone
     python experiments/benchmark_cpu.py --lengths=256,1024 --updates=delta --budget=0.5   # minutes
 
 Contenders: 'chunked', 'associative' and 'reference' of the library, and 'plain': a scan over chunks
@@ -11,9 +11,9 @@ is checked against the reference, on the shortest of the lengths, before it is t
 
 Time is the median over rounds; in a round every contender runs in turn, so that what else the
 machine does meets all of them: twice, and the second call counts, so that none pays for taking back
-the memory that its predecessor returned to the system. Memory is the compiler's own account of the program (arguments,
-results and temporaries), beside the bytes of q, k, v and o. What would need more than --memory GiB
-is not run, and the line says so.
+the memory that its predecessor returned to the system. Memory is the compiler's own account of the
+program (arguments, results, temporaries), beside the bytes of q, k, v and o. What would need more
+than --memory GiB is not run, and the line says so.
 
 Writes benchmark_cpu.csv and benchmark_cpu.png to --out.
 """
