@@ -2,32 +2,39 @@
 
     python experiments/tune_kernels.py                                       # the usual sizes
     python experiments/tune_kernels.py --rules=delta_residual --lengths=2048 # one of them, minutes
+    python experiments/tune_kernels.py --seconds=500                         # then again: goes on
 
 For every problem, one part of the record after the other is varied (the chunk, then each kernel's
-tile, warps and pipeline, then the pieces of the backward pass), starting from the heuristic, and
-the fastest forward with backward is kept. Only configurations that pass the self-test enter the
-table, so a configuration that this compiler gets wrong does not. Times are taken as in
-benchmark_ops.py.
+tile, warps and pipeline, then the parts and pieces of a sequence), starting from the heuristic, and
+the fastest forward with backward is kept. Values and gradients of a candidate are checked as in the
+self-test before it is chosen, so a configuration that this compiler gets wrong does not enter the
+table. Times are taken as in benchmark_ops.py.
 
-Writes kernels/residual/gpu/tuned/CARD.json, which the kernels read; other entries of the file stay.
-Compiled kernels are kept in --cache, so that a second run does not compile again.
+Writes kernels/residual/gpu/tuned/CARD.json, which the kernels read, after every part; other entries
+of the file stay. What was measured goes to a log beside it as it comes, CARD.jsonl, or to --log: a
+run that is stopped goes on from there, as long as the kernels, Triton and JAX are the same. Delete
+it to measure afresh. Compiled kernels are kept in --cache.
 """
 
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
 import json
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
+import triton
 from absl import app, flags
 from ops_benchmark import timing
 from ops_benchmark.problem import Problem, on_device
 from tqdm import tqdm
 
 from rla_jax.kernels.residual.gpu import blocks, call, selftest
+from rla_jax.kernels.residual.gpu import candidates as candidate_lists
 
 LIST = flags.DEFINE_list
 RULES = LIST(
@@ -36,34 +43,56 @@ RULES = LIST(
   'delta_residual (RDN), additive_residual (RLA), delta (GDN), additive (simple GLA)',
 )
 LENGTHS = LIST('lengths', ['2048', '8192', '32768'], 'tokens of a sequence')
-SIZES = LIST('sizes', ['64', '128', '256'], 'key and value sizes of a head')
+SIZES = LIST('sizes', ['128', '64', '256'], 'key and value sizes of a head')
 TOKENS = flags.DEFINE_integer('tokens', 32768, 'tokens in all')
 WIDTH = flags.DEFINE_integer('width', 2048, 'heads times head size')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'], 'of q, k, v')
 MEMORY = flags.DEFINE_float('memory', 2.0, 'most peak memory, over q, k, v, o and their gradients')
 PARTS = LIST(
-  'parts', ['chunk', 'forward', 'sweep', 'gradients', 'prepare', 'pieces'], 'what to vary, in order'
-)
+  'parts', ['gradients', 'forward', 'sweep', 'prepare', 'split', 'pieces'],
+  f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
+)  # fmt: skip
+THOROUGH = flags.DEFINE_bool('thorough', False, 'try every launch, not the promising ones alone')
+SECONDS = flags.DEFINE_float('seconds', None, 'begin no part of a record after so long')
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
 CACHE = flags.DEFINE_string('cache', '~/.cache/rla_jax', 'folder of the compilation cache')
 OUT = flags.DEFINE_string('out', None, "file of the table; the package's own if not given")
+LOG = flags.DEFINE_string('log', None, "file of the log; the table's with .jsonl if not given")
+
+OPERATIONS = {
+  'delta_residual': 'rdn', 'additive_residual': 'rla', 'delta': 'gdn', 'additive': 'simple_gla'
+}  # fmt: skip
 
 
-def variants(current: blocks.Blocks, part: str, value_dim: int) -> list[blocks.Blocks]:
-  """Records that differ from `current` in one part; `current` is the first."""
-  change = dataclasses.replace
-  if part == 'chunk':
-    sizes = itertools.product((16, 32, 64), (1, 2, 4))
-    found = [change(current, chunk=c, span=s) for c, s in sizes if c * s <= 128]
-  elif part == 'pieces':
-    found = [change(current, pieces=p) for p in (1, 2, 4, 8, 16)]
-  else:
-    widest = max(16, 1 << (value_dim - 1).bit_length())
-    tiles = [t for t in (16, 32, 64, 128) if t <= widest] if part != 'prepare' else [0]
-    # One stage is left out: Triton 3.6 has read invalid shared memory there on Hopper.
-    shapes = itertools.product(tiles, (1, 2, 4, 8), (2, 3) if part != 'prepare' else (1, 2))
-    found = [change(current, **{part: blocks.Kernel(*shape)}) for shape in shapes]
-  return [current, *(f for f in found if f != current)]
+class Log:
+  """What was found of each candidate: a line of JSON as it comes, and those of earlier runs."""
+
+  def __init__(self, path: pathlib.Path, versions: str):
+    self.path, self.versions = path, versions
+    self._found: dict[tuple[str, str], dict] = {}
+    if path.exists():
+      for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        if entry['versions'] == versions:
+          self._found[self._name(entry['key'], entry['blocks'])] = entry
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+  def get(self, key: str, chosen: blocks.Blocks) -> dict:
+    """What is known of a candidate: milliseconds or error, and right, where they are known."""
+    return self._found.get(self._name(key, dataclasses.asdict(chosen)), {})
+
+  def add(self, key: str, chosen: blocks.Blocks, **found) -> None:
+    """Adds to what is known."""
+    record = dataclasses.asdict(chosen)
+    entry = self.get(key, chosen) | found
+    entry |= {'key': key, 'blocks': record, 'versions': self.versions}
+    self._found[self._name(key, record)] = entry
+    with open(self.path, 'a') as file:
+      file.write(json.dumps(entry) + '\n')
+
+  @staticmethod
+  def _name(key, record):
+    return key, json.dumps(record, sort_keys=True)
 
 
 def build(problem: Problem, chosen: blocks.Blocks, inputs: tuple):
@@ -79,45 +108,49 @@ def build(problem: Problem, chosen: blocks.Blocks, inputs: tuple):
 
 
 def is_right(problem: Problem, chosen: blocks.Blocks) -> bool:
-  """The self-test's verdict, over whole chunks and a ragged end."""
+  """The self-test's verdict, over whole chunks and a ragged end, all parts and pieces in use."""
   sizes = (problem.dtype, problem.size, problem.size)
+  chosen = selftest.shortened(chosen)
   case = selftest.Case(problem.is_delta, problem.has_residual, *sizes, chosen, 'tuning')
-  tokens = 2 * chosen.chunk * chosen.span
-  for length in (tokens, tokens + 13):
-    shares = selftest.check(case, length=length, seed=length)
-    if max(shares.values()) > 1:
-      return False
-  return True
+  return all(
+    max(selftest.check(case, length=length, seed=length).values()) <= 1
+    for length in selftest.lengths(chosen)
+  )
 
 
-def fastest(problem: Problem, candidates: list[blocks.Blocks], inputs: tuple, progress):
-  """The fastest right candidate with its seconds, and how many fell out for which reason."""
-  fallen: collections.Counter = collections.Counter()
-  times = []
+def measure(problem: Problem, key: str, found: list[blocks.Blocks], inputs: tuple, log: Log):
+  """Logs milliseconds or an error for every candidate that the log does not know."""
   limit = MEMORY.value * 8 * problem.qkvo_bytes
+  unknown = [c for c in found if not log.get(key, c)]
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
-    compiling = [(c, pool.submit(build, problem, c, inputs)) for c in candidates]
-    for candidate, future in compiling:
-      progress.update()
+    compiling = [(c, pool.submit(build, problem, c, inputs)) for c in unknown]
+    for candidate, future in tqdm(compiling, key, leave=False):
       try:
         prepared = future.result()
-        if timing.peak_bytes(prepared.once) > limit and candidate is not candidates[0]:
-          fallen['over the memory limit'] += 1
+        peak = timing.peak_bytes(prepared.once)
+        if peak > limit and candidate != found[0]:
+          log.add(key, candidate, error='over the memory limit', peak_bytes=peak)
           continue
         seconds = timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds
-        times.append((seconds, len(times), candidate))
+        log.add(key, candidate, milliseconds=seconds * 1e3, peak_bytes=peak)
       except Exception as error:  # a tile may be too large for the compiler or the card
-        fallen[type(error).__name__] += 1
-  for seconds, _, candidate in sorted(times):
-    if is_right(problem, candidate):
-      return candidate, seconds, fallen
-    fallen['WRONG RESULTS'] += 1
-    tqdm.write(f'wrong results on this card: {candidate}')
-  return None, float('inf'), fallen
+        log.add(key, candidate, error=f'{type(error).__name__}: {str(error)[:200]}')
 
 
-def tune(problem: Problem) -> dict | None:
-  """Entry of the table for a problem, by its key, or None if nothing is right."""
+def fastest(problem: Problem, key: str, found: list[blocks.Blocks], log: Log):
+  """The fastest of the candidates that is right, or None."""
+  timed = [c for c in found if 'milliseconds' in log.get(key, c)]
+  for candidate in sorted(timed, key=lambda c: log.get(key, c)['milliseconds']):
+    if 'right' not in log.get(key, candidate):
+      log.add(key, candidate, right=is_right(problem, candidate))
+    if log.get(key, candidate)['right']:
+      return candidate
+    tqdm.write(f'{key}: wrong results on this card: {candidate}')
+  return None
+
+
+def tune(problem: Problem, log: Log, end: float, save) -> None:
+  """Saves the best record of a problem after every part that was varied."""
   sizes = {'key_dim': problem.size, 'value_dim': problem.size, 'dtype': problem.dtype}
   sizes |= {'delta': problem.is_delta, 'residual': problem.has_residual}
   sizes |= {'heads': problem.batch * problem.heads, 'length': problem.length}
@@ -125,47 +158,64 @@ def tune(problem: Problem) -> dict | None:
   state = jnp.zeros((problem.batch, problem.heads, problem.size, problem.size))
   inputs = tuple(arrays[n] for n in ('q', 'k', 'v', 'log_decay', 'beta'))
   inputs += (arrays['gamma'], state, state) if problem.has_residual else (None, state, None)
-  best = blocks.heuristic(**sizes)
+  best = selftest.with_split(
+    blocks.heuristic(**sizes), delta=problem.is_delta, value_dim=problem.size,
+    heads=problem.batch * problem.heads, length=problem.length,
+  )  # fmt: skip
   key = blocks.tuned_key(**sizes)
-  total = sum(len(variants(best, part, problem.size)) for part in PARTS.value)
-  with tqdm(total=total, desc=key) as progress:
-    for part in PARTS.value:
-      candidates = variants(best, part, problem.size)
-      found, seconds, fallen = fastest(problem, candidates, inputs, progress)
-      if found is None:
-        tqdm.write(f'{key}: nothing is right; no entry')
-        return None
-      best = found
-      reasons = ', '.join(f'{n} {r}' for r, n in fallen.items()) or 'none'
-      tqdm.write(f'{part}: {seconds * 1e3:.3f} ms; fell out: {reasons}')
-  return {key: dataclasses.asdict(best)}
+  for part in PARTS.value:
+    if time.monotonic() > end:
+      tqdm.write(f'{key}: {part} is left for another run: out of time')
+      return
+    spans = problem.length // (best.chunk * best.span)
+    found = candidate_lists.candidates(
+      best, part, problem.size, spans=spans, thorough=THOROUGH.value
+    )
+    measure(problem, key, found, inputs, log)
+    best = fastest(problem, key, found, log)
+    if best is None:
+      tqdm.write(f'{key}: nothing is right; no entry')
+      return
+    errors = [log.get(key, c).get('error', '').split(':')[0] for c in found]
+    errors = ', '.join(f'{n} {e}' for e, n in collections.Counter(errors).items() if e) or 'none'
+    milliseconds = log.get(key, best)['milliseconds']
+    tqdm.write(f'{key}: {part}: {milliseconds:.3f} ms of {len(found)}; fell out: {errors}')
+    save({key: dataclasses.asdict(best)})
 
 
 def main(argv):
-  """Tunes every problem asked for, and writes the table after each."""
+  """Tunes every problem asked for."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  if unknown := set(PARTS.value) - set(candidate_lists.PARTS):
+    raise app.UsageError(f'--parts has {sorted(unknown)}; expected {candidate_lists.PARTS}')
+  if unknown := set(RULES.value) - set(OPERATIONS):
+    raise app.UsageError(f'--rules has {sorted(unknown)}; expected {sorted(OPERATIONS)}')
   jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(CACHE.value).expanduser()))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   device = jax.devices()[0]
   if device.platform not in ('gpu', 'cuda'):
     raise app.UsageError(f'tuning needs an NVIDIA GPU; the platform is {device.platform}')
   path = pathlib.Path(OUT.value) if OUT.value else blocks.table_path(device.device_kind)
-  names = {
-    'delta_residual': 'rdn', 'additive_residual': 'rla', 'delta': 'gdn', 'additive': 'simple_gla'
-  }  # fmt: skip
-  for rule, size, length in itertools.product(
-    RULES.value, map(int, SIZES.value), map(int, LENGTHS.value)
-  ):
+  sources = sorted(pathlib.Path(blocks.__file__).parent.glob('*.py'))
+  digest = hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()[:12]
+  log = Log(
+    pathlib.Path(LOG.value) if LOG.value else path.with_suffix('.jsonl'),
+    f'{device.device_kind}, Triton {triton.__version__}, jax {jax.__version__}, kernels {digest}',
+  )
+
+  def save(entry):
+    table = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table | entry, indent=1, sort_keys=True) + '\n')
+
+  end = float('inf') if SECONDS.value is None else time.monotonic() + SECONDS.value
+  chosen = list(itertools.product(map(int, SIZES.value), map(int, LENGTHS.value), RULES.value))
+  for size, length, rule in tqdm(chosen, 'problems'):
     batch, heads = max(1, TOKENS.value // length), WIDTH.value // size
-    operation = names[rule]
-    entry = tune(
-      Problem(operation, 'forward_backward', batch, length, heads, size, DTYPE.value)
-    )
-    if entry is not None:
-      table = json.loads(path.read_text()) if path.exists() else {}
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(table | entry, indent=1, sort_keys=True) + '\n')
+    operation = OPERATIONS[rule]
+    problem = Problem(operation, 'forward_backward', batch, length, heads, size, DTYPE.value)
+    tune(problem, log, end, save)
   print(f'wrote {path}')
 
 

@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rla_jax.kernels.residual.gpu import batching, blocks, call, launch, partition, selftest, step
+from rla_jax.kernels.residual.gpu import (
+  batching,
+  blocks,
+  call,
+  candidates,
+  launch,
+  partition,
+  selftest,
+  step,
+)
 from tests.kernels import triton_harness as harness
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute')
@@ -291,6 +300,46 @@ def test_training_step_gathers_nothing(G):
     assert sharding.spec[0] == 'data' and ('tensor' in sharding.spec or G == 1)
 
 
+# --- block sizes ---
+
+
+@pytest.mark.parametrize(
+  ('programs', 'spans', 'delta', 'parts'),
+  [
+    (32, 512, True, 8),  # 16 heads of 128, 32768 tokens
+    (32, 512, False, 16),
+    (32, 64, True, 8),
+    (32, 48, True, 6),
+    (32, 32, True, 4),
+    (32, 16, True, 1),  # too short
+    (66, 512, True, 4),
+    (67, 512, True, 1),  # more than half of the card is busy
+    (512, 32, False, 1),
+    (4, 4096, True, 66),
+  ],
+)
+def test_few_programs_split_the_sequence(programs, spans, delta, parts):
+  assert blocks.sequence_split(programs, spans, delta=delta) == parts
+
+
+def test_more_multiprocessors_want_more_parts():
+  assert blocks.sequence_split(32, 512, delta=True, multiprocessors=264) == 16
+  assert blocks.sequence_split(96, 512, delta=True, multiprocessors=264) == 5
+
+
+@pytest.mark.parametrize('thorough', [False, True])
+@pytest.mark.parametrize('part', candidates.PARTS)
+def test_candidates_differ_in_one_part(part, thorough):
+  current = _small_blocks()
+  found = candidates.candidates(current, part, 64, thorough=thorough)
+  assert found[0] == current and len(set(found)) == len(found) > 1
+  for chosen in found[1:]:
+    changed = {n for n in vars(chosen) if getattr(chosen, n) != getattr(current, n)}
+    assert changed <= ({'chunk', 'span'} if part == 'chunk' else {part})
+    assert getattr(getattr(chosen, part, None), 'value', 0) <= 64
+  assert blocks.Blocks.from_json(dataclasses.asdict(found[-1])) == found[-1]
+
+
 # --- self-test ---
 
 
@@ -337,10 +386,20 @@ def test_self_test_finds_wrong_gradients(monkeypatch, capsys, wrong):
 def test_self_test_covers_heuristic_and_table(monkeypatch):
   cases = selftest.heuristic_cases([64, 128], ['bfloat16'])
   assert len(set(cases)) == len(cases)
-  assert {(c.delta, c.residual) for c in cases} == {(a, b) for a in (0, 1) for b in (0, 1)}
+  rules = {(a, b) for a in (0, 1) for b in (0, 1)}
+  assert {(c.delta, c.residual) for c in cases} == rules
+  assert {(c.delta, c.residual) for c in cases if c.blocks.split} == rules
   sizes = {'key_dim': 64, 'value_dim': 32, 'dtype': 'float16'}
   key = blocks.tuned_key(delta=True, residual=False, heads=300, length=5000, **sizes)
   table = {key: dataclasses.asdict(_small_blocks())}
   monkeypatch.setattr(blocks, 'tuned_table', lambda kind: table)
   (case,) = selftest.tuned_cases('NVIDIA H200')
   assert case == selftest.Case(True, False, 'float16', 64, 32, _small_blocks(), 'any')
+
+
+def test_self_test_covers_candidates():
+  cases = selftest.candidate_cases([128], ['bfloat16'])
+  assert set(selftest.heuristic_cases([128], ['bfloat16'])) < set(cases)
+  for launch_ in candidates.PROMISING['gradients']:
+    tried = [c for c in cases if dataclasses.astuple(c.blocks.gradients) == launch_]
+    assert {(c.delta, c.residual) for c in tried} == {(a, b) for a in (0, 1) for b in (0, 1)}

@@ -17,7 +17,9 @@ from rla_jax.kernels.residual import gpu
 from rla_jax.kernels.residual.gpu import blocks, call
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
 from rla_jax.kernels.residual.gpu.gradients import gradients_kernel
-from rla_jax.kernels.residual.gpu.prepare import prepare_kernel
+from rla_jax.kernels.residual.gpu.parts import COMBINE
+from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
+from rla_jax.kernels.residual.gpu.split import combine_kernel, transitions_kernel
 from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
 from tests.kernels import triton_harness as harness
 from tests.oracle import GRADIENTS, Call, gradients, recurrence
@@ -47,6 +49,7 @@ class Case:
   hard: bool = False
   chunk_size: int | None = None
   pieces: int = 1
+  split: int | None = None
 
 
 CASES = {
@@ -63,6 +66,18 @@ CASES = {
   'bfloat16': Case(dtype='bfloat16', T=128, K=32, V=32),
   'bfloat16, additive': Case(dtype='bfloat16', update='additive', T=128, K=32, V=32),
   'float16': Case(dtype='float16', K=32, V=32),
+  # Parts of 32 tokens, so that segments start at a part's first token and elsewhere.
+  'split, segments, resets': Case(T=129, segments=True, resets=True, split=5),
+  'split, additive, segments, resets': Case(
+    update='additive', T=129, segments=True, resets=True, split=5
+  ),
+}
+SLOW_CASES = {
+  'split, pieces, grouped heads, odd sizes': Case(G=1, H=2, K=20, V=40, T=150, pieces=2, split=3),
+  'split, base alone': Case(residual=False, T=128, split=4),
+  'split, additive, base alone': Case(update='additive', residual=False, T=128, split=2),
+  'split, hard': Case(hard=True, T=256, split=8),
+  'split, bfloat16': Case(dtype='bfloat16', T=256, K=32, V=32, split=4),
 }
 
 
@@ -108,10 +123,12 @@ def assert_close(name, x, reference, bar):
   assert error < bar, f'{name}: {error:.1e}, bar {bar:.0e}'  # NaN fails
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name', [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)]
+)
 def test_values_and_gradients(name, monkeypatch):
   """Interpreted kernels agree with the oracle, the clip's mask pinned to their own."""
-  case = CASES[name]
+  case = (CASES | SLOW_CASES)[name]
   oracle, cotangents = problem(case)
   plain, attend, configs = blocks.heuristic, call.attend, []
 
@@ -121,8 +138,9 @@ def test_values_and_gradients(name, monkeypatch):
 
   monkeypatch.setattr(call, 'attend', spy)
   monkeypatch.setattr(
-    blocks, 'heuristic', lambda **k: dataclasses.replace(plain(**k), pieces=case.pieces)
-  )
+    blocks, 'heuristic',
+    lambda **k: dataclasses.replace(plain(**k), pieces=case.pieces, split=case.split),
+  )  # fmt: skip
   dtypes = [case.dtype] * 3 + ['float32'] * 5
   args = [
     None if x is None else jnp.asarray(x, dtype)
@@ -213,12 +231,14 @@ KERNELS = {
   'forward, saving': forward_kernel,
   'sweep': sweep_kernel,
   'gradients': gradients_kernel,
+  'transitions': transitions_kernel,
+  'combine': combine_kernel,
 }
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 FLOAT32 = (
   'log_decay_ptr', 'beta_ptr', 'gamma_ptr', 'gates_ptr', 'base_ptr', 'residual_ptr',
   'base_out_ptr', 'residual_out_ptr', 'dstate_in_ptr', 'dstate_ptr', 'dlog_decay_ptr',
-  'dbeta_ptr', 'dgamma_ptr',
+  'dbeta_ptr', 'dgamma_ptr', 'edge_ptr', 'ends_ptr', 'transitions_ptr',
 )  # fmt: skip
 SCALARS = ('T', 'chunks', 'first_chunk')
 
@@ -230,17 +250,24 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=64,
     length=8192,
   )  # fmt: skip
-  launch = getattr(chosen, name.split(',')[0])
+  word = name.split(',')[0]
+  split_launches = {'transitions': chosen.forward, 'combine': COMBINE}
+  launch = split_launches.get(word) or getattr(chosen, word)
   constexprs = {
     'H': 16, 'G': 16, 'K': 128, 'V': 128, 'BLOCK_K': 128, 'BLOCK_V': launch.value,
     'C': chosen.chunk * (chosen.span if name == 'gradients' else 1), 'SPAN': chosen.span,
+    'SPLIT': 8 if word in split_launches else 1, 'STATES': 1 + residual, 'STATE': 0,
     'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in name, 'EVEN': True,
+    'OUTPUT': True, 'STORE': True,
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'bf16x3',
-    'STAGES': launch.stages, 'MATRICES': 5, 'SCORES': 0, 'INVERSE': 1, 'QUERY_READ': 0,
-    'KEY_READ': 7, 'OUT': 2, 'PREDICTION': 2 + delta if residual else None,
+    'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual), 'SCORES': 0,
+    'INVERSE': 1, 'QUERY_READ': 0, 'KEY_READ': 7, 'OUT': 2,
+    'PREDICTION': 2 + delta if residual else None,
   }  # fmt: skip
   kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i8'}
   kinds |= dict.fromkeys(FLOAT32, '*fp32') | dict.fromkeys(SCALARS, 'i32')
+  if word == 'combine':
+    kinds['states_ptr'] = '*fp32'
   names = [p.name for p in kernel.params if not p.is_constexpr]
   used = {p.name for p in kernel.params if p.is_constexpr}
   return harness.compile_kernel(
@@ -272,6 +299,8 @@ BUILDS = [
   (90, 'sweep', 'additive residual'),
   (90, 'sweep', 'delta'),
   (90, 'sweep', 'additive'),
+  (90, 'transitions', 'delta residual'),
+  (90, 'combine', 'delta residual'),
   (80, 'prepare', 'delta residual'),
   (80, 'forward', 'delta'),
   (80, 'forward', 'additive'),
@@ -290,7 +319,7 @@ def test_fits_the_card(capability, name, rule):
   """Builds, fits shared memory, and uses the tensor cores' own instructions on Hopper."""
   report = compiled(name, capability, *RULES[rule])
   assert report.shared_bytes <= SHARED_LIMIT[capability]
-  if capability == 90 and name != 'prepare':
+  if capability == 90 and name not in ('prepare', 'combine'):
     assert report.uses_wgmma
 
 

@@ -7,6 +7,9 @@ import pathlib
 
 import jax.numpy as jnp
 
+MULTIPROCESSORS = 132  # of an H100 or H200
+SHORTEST_PART = 8  # spans of a part of a sequence that is split
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -30,6 +33,8 @@ class Blocks:
     gradients: launch of its parallel part.
     pieces: parts of the sequence that the backward pass handles one after the other: more pieces
       hold less memory.
+    split: parts of the sequence, or of a piece, that are walked side by side; None for what
+      `sequence_split` says, for the heads that a device holds.
   """
 
   chunk: int
@@ -39,12 +44,33 @@ class Blocks:
   sweep: Kernel
   gradients: Kernel
   pieces: int
+  split: int | None = None
 
   @classmethod
   def from_json(cls, record: dict) -> 'Blocks':
     """Reads what `dataclasses.asdict` wrote."""
     kernels = {n: Kernel(**x) for n, x in record.items() if isinstance(x, dict)}
     return cls(**(record | kernels))
+
+
+def sequence_split(
+  programs: int, spans: int, *, delta: bool, multiprocessors: int = MULTIPROCESSORS
+) -> int:
+  """Parts of a sequence to walk side by side, where heads alone do not fill a card.
+
+  Parts have a price, in time of the walk itself: what each leaves is found beforehand, for one
+  state after the other, and for the delta rule also how it maps a state. So it takes four of them
+  to gain anything.
+
+  Args:
+    programs: of a kernel that walks whole sequences.
+    spans: of the sequence.
+    delta: whether the update is the delta rule.
+    multiprocessors: of the card.
+  """
+  wanted = (2 if delta else 4) * multiprocessors // programs
+  parts = min(wanted, spans // SHORTEST_PART)
+  return parts if parts >= 4 and 2 * programs <= multiprocessors else 1
 
 
 def heuristic(
@@ -56,6 +82,9 @@ def heuristic(
   wide = jnp.dtype(dtype).itemsize == 4
   large = wide or key_dim > 128
   tile = 16 if wide else max(16, min(64, 1 << (value_dim - 1).bit_length()))
+  pieces = 8 if length >= 8192 else 4 if length >= 512 else 1
+  if 2 * heads * -(-value_dim // tile) <= MULTIPROCESSORS:
+    pieces = min(pieces, max(1, length // 4096))  # a piece is to be long enough to be split
   loop = Kernel(tile, tile // 16, 2)
   deep = loop if large else dataclasses.replace(loop, stages=3)
   return Blocks(
@@ -66,7 +95,7 @@ def heuristic(
     forward=loop if delta and residual else deep,
     sweep=loop,
     gradients=Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3),
-    pieces=8 if length >= 8192 else 4 if length >= 512 else 1,
+    pieces=pieces,
   )
 
 

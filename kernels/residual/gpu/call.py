@@ -2,7 +2,7 @@
 
 Forward: `prepare` and `forward`. Backward: `prepare`, `sweep` for the residual state and then for
 the base state, `gradients`. `prepare` and `gradients` are parallel over chunks; the others walk
-them.
+them. Where heads are few, they walk several parts of a sequence side by side (`split`).
 """
 
 import dataclasses
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
-from rla_jax.kernels.residual.gpu.blocks import Blocks
+from rla_jax.kernels.residual.gpu.blocks import Blocks, sequence_split
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
 from rla_jax.kernels.residual.gpu.gradients import gradients_kernel
 from rla_jax.kernels.residual.gpu.launch import launch
 from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
+from rla_jax.kernels.residual.gpu.parts import Parts
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
 from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
 from rla_jax.kernels.residual.gpu.tiles import (
@@ -129,9 +130,16 @@ class _Call:
       **known,
     )
 
-  def walk(self, block) -> int:
-    """Programs of a kernel that walks the chunks of every head."""
-    return self.pairs * -(-self.V // block.value)
+  def walk(self, block, split=1) -> int:
+    """Programs of a kernel that walks the chunks of every head, or of parts of it."""
+    return self.pairs * split * -(-self.V // block.value)
+
+  def split(self, spans, block) -> int:
+    """Parts of a sequence of so many spans that are walked side by side; none is empty."""
+    parts = self.config.blocks.split
+    if parts is None:
+      parts = sequence_split(self.walk(block), spans, delta=self.config.delta)
+    return -(-spans // -(-spans // min(parts, spans)))
 
   def _is_even(self, block_v):
     """Whether no tile needs a mask."""
@@ -166,38 +174,63 @@ class _Call:
 def _forward(config: Config, save: bool):
   def run(q, k, v, log_decay, beta, gamma, base, residual, segments):
     call = _Call(config, q, k, v, log_decay, beta, gamma, segments)
-    block = config.blocks.forward
-    squares, gates = call.prepare(0, call.spans, adjoint=False)
-    keep_base_error = save and config.delta
-    keep_residual = save and config.residual
-    keep_passes = keep_residual and config.clip is not None
-    states, nothing = (call.B, call.H, call.spans, call.V, call.K), (1,)
-    o, base_out, residual_out, *saved = call.launch(
-      forward_kernel,
-      *(q, k, v, squares, gates, base, base if residual is None else residual),
-      *(call.T, call.spans * config.blocks.span),
-      out_shape=(
-        _array(v.shape, v.dtype),
-        _array(base.shape, jnp.float32),
-        _array(base.shape if config.residual else nothing, jnp.float32),
-        _array(states if save else nothing, v.dtype),
-        _array(states if keep_residual else nothing, v.dtype),
-        _array(v.shape if keep_base_error else nothing, v.dtype),
-        _array(v.shape if keep_residual else nothing, v.dtype),
-        _array(v.shape if keep_passes else nothing, jnp.int8),
-      ),
-      programs=call.walk(block),
-      block=block,
-      C=config.blocks.chunk,
-      SAVE=save,
-    )
-    kept = (save, keep_residual, keep_base_error, keep_residual, keep_passes)
-    saved = tuple(x if keep else None for x, keep in zip(saved, kept, strict=True))
-    outputs = (o, base_out, residual_out if config.residual else None)
-    return outputs, saved if save else None
+    prepared = call.prepare(0, call.spans, adjoint=False)
+    split = call.split(call.spans, config.blocks.forward)
+    walk = functools.partial(_walk, call, prepared, split)
+    if split > 1:
+      parts = Parts(call, prepared, 0, split, adjoint=False)
+      first = parts.at_edge(base)
+      (_, ends, _), _ = walk(first, None, output=False, save=False)
+      base = parts.combine(first, ends, 0)
+      if config.residual:
+        first = parts.at_edge(residual)
+        (_, _, ends), _ = walk(base, first, output=False, save=False)
+        residual = parts.combine(first, ends, 1)
+    (o, *final), saved = walk(base, residual, output=True, save=save)
+    if split > 1:
+      final = jax.tree.map(lambda x: x[:, :, -1], final)
+    return (o, *final), saved
 
   results = (OUTPUTS, SAVED if save else None)
   return fold_into_batch(over_batch_and_heads(run, INPUTS, results))
+
+
+def _walk(call, prepared, split, base, residual, *, output, save):
+  """o and final states, and what the backward pass needs; without residual the base state alone."""
+  config, block, v = call.config, call.config.blocks.forward, call.v
+  squares, gates = prepared
+  has_residual = residual is not None
+  keep_base_error = save and config.delta
+  keep_residual = save and has_residual
+  keep_passes = keep_residual and config.clip is not None
+  states, nothing = (call.B, call.H, call.spans, call.V, call.K), (1,)
+  o, base_out, residual_out, *saved = call.launch(
+    forward_kernel,
+    *(call.q, call.k, v, squares, gates, base, residual if has_residual else base),
+    *(call.T, call.spans * config.blocks.span),
+    out_shape=(
+      _array(v.shape if output else nothing, v.dtype),
+      _array(base.shape, jnp.float32),
+      _array(base.shape if has_residual else nothing, jnp.float32),
+      _array(states if save else nothing, v.dtype),
+      _array(states if keep_residual else nothing, v.dtype),
+      _array(v.shape if keep_base_error else nothing, v.dtype),
+      _array(v.shape if keep_residual else nothing, v.dtype),
+      _array(v.shape if keep_passes else nothing, jnp.int8),
+    ),
+    programs=call.walk(block, split),
+    block=block,
+    C=config.blocks.chunk,
+    MATRICES=squares.shape[3],
+    SPLIT=split,
+    RESIDUAL=has_residual,
+    OUTPUT=output,
+    SAVE=save,
+  )
+  kept = (save, keep_residual, keep_base_error, keep_residual, keep_passes)
+  saved = tuple(x if keep else None for x, keep in zip(saved, kept, strict=True))
+  outputs = (o, base_out, residual_out if has_residual else None)
+  return outputs, saved if save else None
 
 
 @functools.cache
@@ -245,8 +278,21 @@ def _sum_heads(dx_BTHK, x_BTGK):
 def _sweeps(call, do, passes, dbase, dresidual, first, spans):
   """Gradients of both states after every span, and of what was written to them, of a piece."""
   delta, residual = call.config.delta, call.config.residual
-  squares, gates = call.prepare(first, spans, adjoint=True)
-  sweep = functools.partial(_sweep, call, do, squares, gates, passes, first, spans)
+  prepared = call.prepare(first, spans, adjoint=True)
+  split = call.split(spans, call.config.blocks.sweep)
+  parts = Parts(call, prepared, first, split, adjoint=True) if split > 1 else None
+
+  def sweep(dz, dstate, *places):
+    walk = functools.partial(_sweep, call, do, prepared, passes, first, spans, split, dz)
+    if parts is None:
+      return walk(dstate, *places, store=True)
+    edge = parts.at_edge(dstate)
+    *_, ends = walk(edge, *places, store=False)
+    dstates, dwritten, dstate = walk(
+      parts.combine(edge, ends, int(dz is None and residual)), *places, store=True
+    )
+    return dstates, dwritten, dstate[:, :, 0]
+
   # Places of scores, inverse and prediction as `matrices` orders them, then rows of the gates.
   residual_dstates = dz = None
   if residual:
@@ -261,23 +307,28 @@ def _sweeps(call, do, passes, dbase, dresidual, first, spans):
 
 
 def _sweep(
-  call, do, squares, gates, passes, first, spans,
-  dz, dstate, scores, inverse, prediction, query_read, key_read, out,
+  call, do, prepared, passes, first, spans, split,
+  dz, dstate, scores, inverse, prediction, query_read, key_read, out, *, store,
 ):  # fmt: skip
   config, block = call.config, call.config.blocks.sweep
   C, span = config.blocks.chunk, config.blocks.span
+  squares, gates = prepared
+  states = (call.B, call.H, spans, call.V, call.K)
+  dwritten = (call.B, spans * span * C, call.H, call.V)
   return call.launch(
     sweep_kernel,
     *(call.q, call.k, do, squares, gates, do if dz is None else dz),
     *(do if passes is None else passes, dstate, call.T, first * span, spans * span),
     out_shape=(
-      _array((call.B, call.H, spans, call.V, call.K), do.dtype),
-      _array((call.B, spans * span * C, call.H, call.V), do.dtype),
+      _array(states if store else (1,), do.dtype),
+      _array(dwritten if store else (1,), do.dtype),
       _array(dstate.shape, jnp.float32),
     ),
-    programs=call.walk(block),
+    programs=call.walk(block, split),
     block=block,
     C=C,
+    SPLIT=split,
+    STORE=store,
     MATRICES=squares.shape[3],
     SCORES=scores,
     INVERSE=inverse,

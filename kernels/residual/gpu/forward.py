@@ -17,6 +17,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   RESIDUAL_OUT,
   RESIDUAL_READ,
   load_tile,
+  part_chunks,
   store_tile,
 )
 
@@ -48,21 +49,34 @@ def forward_kernel(
   V: tl.constexpr,
   C: tl.constexpr,
   SPAN: tl.constexpr,
+  SPLIT: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
+  MATRICES: tl.constexpr,
   DELTA: tl.constexpr,
   RESIDUAL: tl.constexpr,
   CLIP: tl.constexpr,
+  OUTPUT: tl.constexpr,
   SAVE: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
-  """Grid (B * H * value tiles,). Letters as in the chunk form: F = U / b, or W / g.
+  """Grid (B * H * SPLIT * value tiles,). Letters as in the chunk form: F = U / b, or W / g.
 
-  SAVE keeps what the backward pass reads, the states before every SPAN-th chunk among it.
+  Each of the SPLIT parts of a sequence has states of its own to start from and to end with. SAVE
+  keeps what the backward pass reads, the states before every SPAN-th chunk among it. Without
+  OUTPUT only final states are wanted, of all parts but the last.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-  pair = (tl.program_id(0) // TILES).to(tl.int64)
+  sequence = tl.program_id(0) // TILES
+  first = 0
+  last = chunks
+  if SPLIT > 1:
+    first, last = part_chunks(sequence, chunks, SPAN, SPLIT)
+    if not OUTPUT:
+      last = tl.where(sequence % SPLIT == SPLIT - 1, first, last)
+  pair = (sequence // SPLIT).to(tl.int64)
+  sequence = sequence.to(tl.int64)
   head = pair % H
   row = pair // H * T
   i = tl.arange(0, C)
@@ -75,13 +89,12 @@ def forward_kernel(
   saved_offsets = e[:, None] * K + a[None, :]
   state_seen = (a < K)[None, :] & (e < V)[:, None]
 
-  S = tl.load(base_ptr + pair * (K * V) + state_offsets, mask=state_seen, other=0.0)
+  S = tl.load(base_ptr + sequence * (K * V) + state_offsets, mask=state_seen, other=0.0)
   if RESIDUAL:
-    R = tl.load(residual_ptr + pair * (K * V) + state_offsets, mask=state_seen, other=0.0)
+    R = tl.load(residual_ptr + sequence * (K * V) + state_offsets, mask=state_seen, other=0.0)
   dtype = o_ptr.dtype.element_ty
-  COUNT: tl.constexpr = 1 + DELTA + 2 * RESIDUAL + (DELTA and RESIDUAL)
 
-  for n in range(chunks):
+  for n in range(first, last):
     start = n * C
     keys = ((row + start) * G + head // (H // G)) * K
     values = ((row + start) * H + head) * V
@@ -92,7 +105,7 @@ def forward_kernel(
     k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
     q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
     v = tl.trans(load_tile(v_ptr + values + value_offsets, value_seen, EVEN)).to(tl.float32)
-    square = matrices_ptr + chunk * (COUNT * C * C) + square_offsets
+    square = matrices_ptr + chunk * (MATRICES * C * C) + square_offsets
     gates = gates_ptr + chunk * (ROWS * C)
     decay_all = tl.load(gates + BASE_IN * C + C - 1)
 
@@ -148,10 +161,11 @@ def forward_kernel(
       o = tl.dot(F.to(dtype), tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
       write = (tl.load(gates + RESIDUAL_OUT * C + i)[None, :] * F).to(dtype)
       R = tl.dot(write, k, decay_all * R, input_precision=PRECISION)
-    store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
+    if OUTPUT:
+      store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
 
   # Offsets of their own: those of the loads would stay in registers throughout the loop.
-  state_offsets = pair * (K * V) + a[:, None] * V + e[None, :]
+  state_offsets = sequence * (K * V) + a[:, None] * V + e[None, :]
   state_seen = (a < K)[:, None] & (e < V)[None, :]
   tl.store(base_out_ptr + state_offsets, tl.trans(S), mask=state_seen)
   if RESIDUAL:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 
-from rla_jax.kernels.residual.gpu import blocks, call, step
+from rla_jax.kernels.residual.gpu import blocks, call, candidates, step
 
 CLIP = 1.0
 NAMES = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma', 'base', 'residual')
@@ -48,8 +48,30 @@ class Case:
     return f'{rule:18} {self.dtype:8} K {self.key_dim:3} V {self.value_dim:3} {self.source}'
 
 
+def with_split(chosen: blocks.Blocks, *, delta, value_dim, heads, length) -> blocks.Blocks:
+  """The record with what `sequence_split` says written out, if it splits the sequence."""
+  programs, spans = heads * -(-value_dim // chosen.forward.value), length // chosen.chunk
+  split = blocks.sequence_split(programs, spans // chosen.span, delta=delta)
+  return dataclasses.replace(chosen, split=split) if split > 1 else chosen
+
+
+def shortened(chosen: blocks.Blocks) -> blocks.Blocks:
+  """The record for a sequence of four spans, where all its kernels still run."""
+  is_split = chosen.split is not None and chosen.split > 1
+  return dataclasses.replace(chosen, split=4, pieces=1) if is_split else chosen
+
+
+def lengths(chosen: blocks.Blocks) -> tuple[int, int]:
+  """Lengths of a check: whole chunks, and a ragged end."""
+  tokens = 4 * chosen.chunk * chosen.span
+  return tokens, tokens - 3
+
+
 def heuristic_cases(sizes, dtypes) -> list[Case]:
-  """The heuristic's answers over short and long, few and many sequences, each once."""
+  """The heuristic's answers over short and long, few and many sequences, each once.
+
+  Where it splits a long sequence, a short one is split here.
+  """
   cases = {}
   for size, dtype, delta, residual, heads, length in itertools.product(
     sizes, dtypes, (True, False), (True, False), (2, 64, 256), (256, 32768)
@@ -57,6 +79,9 @@ def heuristic_cases(sizes, dtypes) -> list[Case]:
     sizes_ = {'key_dim': size, 'value_dim': size, 'dtype': dtype}
     chosen = blocks.heuristic(
       delta=delta, residual=residual, heads=heads, length=length, **sizes_
+    )
+    chosen = shortened(
+      with_split(chosen, delta=delta, value_dim=size, heads=heads, length=length)
     )
     case = Case(delta, residual, dtype, size, size, chosen, f'heuristic heads {heads}')
     cases.setdefault(case, case)
@@ -69,10 +94,24 @@ def tuned_cases(device_kind: str) -> list[Case]:
   for key, record in blocks.tuned_table(device_kind).items():
     rule, dtype, K, V, *rest = key.split('/')
     key_dim, value_dim = (int(re.sub(r'\D', '', x)) for x in (K, V))
-    chosen = blocks.Blocks.from_json(record)
+    chosen = shortened(blocks.Blocks.from_json(record))
     delta, residual = rule.startswith('delta'), rule.endswith('residual')
     case = Case(delta, residual, dtype, key_dim, value_dim, chosen, 'tuned ' + ' '.join(rest))
     cases.setdefault(case, case)
+  return list(cases)
+
+
+def candidate_cases(sizes, dtypes) -> list[Case]:
+  """The heuristic's answers, and for many sequences each launch that tuning tries first."""
+  heuristic = heuristic_cases(sizes, dtypes)
+  cases = {case: case for case in heuristic}
+  bases = {(c.delta, c.residual, c.dtype, c.key_dim): c for c in heuristic if not c.blocks.split}
+  for base in bases.values():
+    for part in candidates.PROMISING:
+      for chosen in candidates.candidates(base.blocks, part, base.value_dim):
+        launch = dataclasses.astuple(getattr(chosen, part))
+        case = dataclasses.replace(base, blocks=chosen, source=f'{part} {launch}')
+        cases.setdefault(case, case)
   return list(cases)
 
 
@@ -237,6 +276,9 @@ def main() -> int:
   parser.add_argument('--sizes', type=int, nargs='+', default=[64, 100, 128, 256])
   parser.add_argument('--dtypes', nargs='+', default=list(BARS), choices=list(BARS))
   parser.add_argument('--workers', type=int, default=8, help='compilations at a time')
+  parser.add_argument(
+    '--candidates', action='store_true', help='also what tune_kernels.py would try: minutes'
+  )
   arguments = parser.parse_args()
   device = jax.devices()[0]
   if device.platform not in ('gpu', 'cuda'):
@@ -244,9 +286,9 @@ def main() -> int:
     return 2
   print(f'{device.device_kind}, Triton {triton.__version__}, jax {jax.__version__}')
   cases = [c for c in tuned_cases(device.device_kind) if c.dtype in arguments.dtypes]
-  cases += heuristic_cases(arguments.sizes, arguments.dtypes)
-  # Whole chunks, and a ragged end.
-  runs = [(c, 4 * c.blocks.chunk * c.blocks.span - ragged) for c in cases for ragged in (0, 3)]
+  find = candidate_cases if arguments.candidates else heuristic_cases
+  cases += find(arguments.sizes, arguments.dtypes)
+  runs = [(case, length) for case in cases for length in lengths(case.blocks)]
   wrong = 0
   with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
     futures = [

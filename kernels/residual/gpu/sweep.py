@@ -15,6 +15,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   GAMMA,
   GATES,
   load_tile,
+  part_chunks,
   store_tile,
 )
 
@@ -43,6 +44,7 @@ def sweep_kernel(
   V: tl.constexpr,
   C: tl.constexpr,
   SPAN: tl.constexpr,
+  SPLIT: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
   MATRICES: tl.constexpr,
@@ -54,17 +56,28 @@ def sweep_kernel(
   OUT: tl.constexpr,
   DELTA: tl.constexpr,
   CLIP: tl.constexpr,
+  STORE: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
-  """Grid (B * H * value tiles,); chunks first_chunk .. first_chunk + chunks - 1, backwards.
+  """Grid (B * H * SPLIT * value tiles,); chunks first_chunk .. first_chunk + chunks - 1, backwards.
 
-  The state gradients after every SPAN-th chunk are kept. SCORES, INVERSE and PREDICTION say which
-  of the chunk's MATRICES is which; PREDICTION is None where no residual is made from this state.
-  QUERY_READ, KEY_READ and OUT are rows of the gates.
+  Each of the SPLIT parts has a state's gradient of its own to start from and to end with. STORE
+  keeps the state gradients after every SPAN-th chunk, and those of what was written; without it
+  only the last gradient is wanted, of all parts but the first. SCORES, INVERSE and PREDICTION say
+  which of the chunk's MATRICES is which; PREDICTION is None where no residual is made from this
+  state. QUERY_READ, KEY_READ and OUT are rows of the gates.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-  pair = (tl.program_id(0) // TILES).to(tl.int64)
+  sequence = tl.program_id(0) // TILES
+  first = 0
+  last = chunks
+  if SPLIT > 1:
+    first, last = part_chunks(sequence, chunks, SPAN, SPLIT)
+    if not STORE:
+      first = tl.where(sequence % SPLIT == 0, last, first)
+  pair = (sequence // SPLIT).to(tl.int64)
+  sequence = sequence.to(tl.int64)
   head = pair % H
   row = pair // H * T
   i = tl.arange(0, C)
@@ -73,14 +86,14 @@ def sweep_kernel(
   key_offsets = i[:, None] * (G * K) + a[None, :]
   value_offsets = i[:, None] * (H * V) + e[None, :]
   square_offsets = i[:, None] * C + i[None, :]
-  state_offsets = pair * (K * V) + a[None, :] * V + e[:, None]
+  state_offsets = sequence * (K * V) + a[None, :] * V + e[:, None]
   saved_offsets = e[:, None] * K + a[None, :]
   state_seen = (a < K)[None, :] & (e < V)[:, None]
   dS = tl.load(dstate_in_ptr + state_offsets, mask=state_seen, other=0.0)
   dtype = do_ptr.dtype.element_ty
 
-  for step in range(chunks):
-    n = chunks - 1 - step
+  for step in range(last - first):
+    n = last - 1 - step
     start = (first_chunk + n) * C
     values = ((row + start) * H + head) * V
     piece_values = (((pair // H * chunks + n) * C) * H + head) * V
@@ -97,9 +110,10 @@ def sweep_kernel(
     # A scalar is not prefetched by the pipeline: asked for here, it is there when it is needed.
     decay_all = tl.load(gates + BASE_IN * C + C - 1)
     dS_low = dS.to(dtype)
-    if n % SPAN == SPAN - 1:
-      saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * (K * V)
-      store_tile(saved + saved_offsets, dS_low, state_seen, EVEN)
+    if STORE:
+      if n % SPAN == SPAN - 1:
+        saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * (K * V)
+        store_tile(saved + saved_offsets, dS_low, state_seen, EVEN)
 
     if PREDICTION is not None:
       dz = tl.trans(load_tile(dz_ptr + piece_values + value_offsets, value_seen, EVEN))
@@ -116,7 +130,8 @@ def sweep_kernel(
     if PREDICTION is not None:
       prediction = tl.load(square + PREDICTION * C * C)
       dy = tl.dot((-dD).to(dtype), prediction, dy, input_precision=PRECISION)
-    store_tile(dy_ptr + piece_values + value_offsets, tl.trans(dy.to(dtype)), value_seen, EVEN)
+    if STORE:
+      store_tile(dy_ptr + piece_values + value_offsets, tl.trans(dy.to(dtype)), value_seen, EVEN)
     read = tl.load(gates + QUERY_READ * C + i)[None, :] * do.to(tl.float32)
     dS = tl.dot(read.to(dtype), q, decay_all * dS, input_precision=PRECISION)
     if DELTA:
@@ -129,5 +144,5 @@ def sweep_kernel(
       dS = tl.dot((-dX).to(dtype), k, dS, input_precision=PRECISION)
 
   # Offsets of their own: those of the loads would stay in registers throughout the loop.
-  state_offsets = pair * (K * V) + a[:, None] * V + e[None, :]
+  state_offsets = sequence * (K * V) + a[:, None] * V + e[None, :]
   tl.store(dstate_ptr + state_offsets, tl.trans(dS), mask=(a < K)[:, None] & (e < V)[None, :])

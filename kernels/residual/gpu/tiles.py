@@ -38,6 +38,14 @@ def store_tile(pointers, tile, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def part_chunks(sequence, chunks, SPAN: tl.constexpr, SPLIT: tl.constexpr):
+  """First chunk, and the one behind the last, of part sequence % SPLIT of a sequence."""
+  part = sequence % SPLIT
+  each = tl.cdiv(chunks // SPAN, SPLIT) * SPAN
+  return tl.minimum(part * each, chunks), tl.minimum((part + 1) * each, chunks)
+
+
+@triton.jit
 def load_columns(
   pointer, rows, columns, first, row_seen, COLUMNS: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip

@@ -1,0 +1,53 @@
+"""Block sizes worth a try: what tuning times, and what the self-test checks with `--candidates`.
+
+None is in use before its gradients were found right on the card at hand.
+"""
+
+import dataclasses
+import itertools
+
+from rla_jax.kernels.residual.gpu.blocks import Blocks, Kernel
+
+PARTS = ('chunk', 'forward', 'sweep', 'gradients', 'prepare', 'split', 'pieces')
+# The shorter list: tiles with warps and stages that have been among the fastest of their kind.
+PROMISING = {
+  'forward': ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 2, 3), (16, 1, 3)),
+  'sweep': ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 2, 3), (16, 1, 3)),
+  'gradients': ((16, 4, 4), (32, 4, 3), (16, 4, 3), (16, 4, 2), (32, 4, 2), (64, 4, 2)),
+  'prepare': ((0, 1, 1), (0, 2, 1), (0, 4, 1)),
+}
+
+
+def candidates(
+  current: Blocks, part: str, value_dim: int, *, spans: int = 64, thorough: bool = False
+) -> list[Blocks]:
+  """Records that differ from `current` in one of PARTS; `current` is the first.
+
+  Args:
+    current: where to start from.
+    part: what is varied.
+    value_dim: V of a head; no tile is wider than it needs.
+    spans: of the sequence; it is split into no more parts.
+    thorough: all launches that the compiler may take, not the promising ones alone.
+  """
+  change = dataclasses.replace
+  widest = max(16, 1 << (value_dim - 1).bit_length())
+  if part == 'chunk':
+    sizes = itertools.product((16, 32, 64), (1, 2, 4)) if thorough else ((32, 2), (64, 1))
+    found = [change(current, chunk=c, span=s) for c, s in sizes if c * s <= 128]
+  elif part == 'pieces':
+    found = [change(current, pieces=p) for p in (1, 2, 4, 8, 16)]
+  elif part == 'split':
+    found = [change(current, split=p) for p in (1, 4, 8, 16, 32) if p <= max(1, spans // 4)]
+  elif part in PROMISING:
+    # One stage is left out where loads are staged: Triton 3.6 has read invalid shared memory there
+    # on Hopper.
+    launches = PROMISING[part]
+    if thorough:
+      tiles = (0,) if part == 'prepare' else (16, 32, 64, 128)
+      stages = (1, 2) if part == 'prepare' else (2, 3, 4)
+      launches = itertools.product(tiles, (1, 2, 4, 8), stages)
+    found = [change(current, **{part: Kernel(*x)}) for x in launches if x[0] <= widest]
+  else:
+    raise ValueError(f'part is {part!r}; expected one of {", ".join(PARTS)}')
+  return [current, *(f for f in found if f != current)]
