@@ -3,6 +3,7 @@
     python experiments/benchmark_ops.py                                  # everything, an hour
     python experiments/benchmark_ops.py --suites=speed --operations=rdn,gdn --lengths=2048 \
         --implementations=triton,fla                                     # a minute
+    python experiments/benchmark_ops.py --resume                         # goes on where it stopped
 
 Three suites, in this order:
   accuracy  values and gradients of every implementation against a float64 oracle: plain, packed and
@@ -18,12 +19,12 @@ of its one-state kernels). What cannot run is named with its reason. How time is
 `ops_benchmark/timing.py` and, for PyTorch, `ops_benchmark/peers.py`.
 
 Writes accuracy.csv, speed.csv and figures to --out. Rows carry date, commit, hardware, versions and
-command.
+command, and are written as they come: what is stopped keeps them, and --resume measures the rest.
+Sizes, lengths and operations are measured in the order in which they are given.
 """
 
 import collections
 import concurrent.futures
-import csv
 import datetime
 import importlib.metadata
 import importlib.util
@@ -34,6 +35,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leaves memory for the peers
@@ -42,6 +44,7 @@ import jax
 from absl import app, flags
 from ops_benchmark import accuracy, contenders, figures, timing
 from ops_benchmark.problem import OPERATIONS, Problem, on_device
+from ops_benchmark.rows import Rows
 from tqdm import tqdm
 
 FLAGS = flags.FLAGS
@@ -66,6 +69,9 @@ SECONDS = flags.DEFINE_float('seconds', None, 'start no measurement of ours afte
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
 OUT = flags.DEFINE_string('out', 'experiments/results', 'folder of the results')
 APPEND = flags.DEFINE_bool('append', False, 'keep the rows of older files')
+RESUME = flags.DEFINE_bool(
+  'resume', False, 'keep them, and measure nothing again that this commit has measured here'
+)
 COMMIT = flags.DEFINE_string('commit', None, 'commit to record where the folder is no git checkout')
 PROFILE = flags.DEFINE_bool('profile', False, 'also print the time of each device kernel')
 SEED = flags.DEFINE_integer('seed', None, 'of the inputs; fresh ones if not given')
@@ -95,19 +101,10 @@ def provenance() -> dict[str, str]:
   }
 
 
-def write_rows(name: str, rows: list[dict]) -> None:
-  """Writes a CSV of all columns that occur."""
-  folder = pathlib.Path(OUT.value)
-  folder.mkdir(parents=True, exist_ok=True)
-  if APPEND.value and (folder / f'{name}.csv').exists():
-    with open(folder / f'{name}.csv', newline='') as file:
-      rows = [*csv.DictReader(file), *rows]
-  columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-  with open(folder / f'{name}.csv', 'w', newline='') as file:
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-  print(f'wrote {folder / name}.csv ({len(rows)} rows)')
+def result_file(name: str, source: dict, identity: tuple[str, ...]) -> Rows:
+  """The file of a suite."""
+  path = pathlib.Path(OUT.value) / f'{name}.csv'
+  return Rows(path, source, identity, append=APPEND.value, resume=RESUME.value)
 
 
 def deadline() -> float:
@@ -115,62 +112,75 @@ def deadline() -> float:
   return float('inf') if SECONDS.value is None else time.monotonic() + SECONDS.value
 
 
-def check_accuracy(seed: int) -> tuple[list[dict], list[str]]:
-  """Rows of the accuracy suite, and what is over its bar."""
+def accuracy_cases() -> list[tuple[str, Problem, bool, float]]:
+  """Implementation, problem, whether sequences are packed, and how alike the keys are."""
   names = [n for n in SELECTED.value if n != 'flash']
   ours = [n for n in CONTENDERS.value if n in ('triton', 'chunked')]
   lengths = [int(n) for n in CHECKED_LENGTHS.value]
   longest = max((n for n in lengths if n <= 2048), default=64)
-  # length, packed, how alike the keys are
   variants = [(n, False, 0.0) for n in lengths] + [(longest, True, 0.0), (longest, False, 0.9)]
-  sizes = map(int, CHECKED_SIZES.value)
-  # Many short sequences: the gradient of a gate, a number a token and head, may be near zero by
-  # chance, and two such numbers say nothing of the error.
-  cases = [
-    (
-      implementation,
-      Problem(
-        operation, 'forward_backward', max(1, 64 // length), length, 2, size, DTYPE.value
-      ),
-      *rest,
-    )
+
+  def problem(operation, length, size):
+    # Many short sequences: the gradient of a gate, a number a token and head, may be near zero by
+    # chance, and two such numbers say nothing of the error.
+    batch = max(1, 64 // length)
+    return Problem(operation, 'forward_backward', batch, length, 2, size, DTYPE.value)
+
+  return [
+    (implementation, problem(operation, length, size), *rest)
     for implementation, operation, size, (length, *rest) in itertools.product(
-      ours, names, sizes, variants
+      ours, names, map(int, CHECKED_SIZES.value), variants
     )
   ]
 
-  def check(case):
-    index, (implementation, problem, packed, correlation) = case
+
+def check_accuracy(seed: int, file: Rows) -> list[str]:
+  """Adds rows to the file; returns what is over its bar."""
+  cases = []
+  for case in accuracy_cases():
+    implementation, problem, packed, correlation = case
+    row = {
+      'operation': problem.operation, 'implementation': implementation, 'size': problem.size,
+      'length': problem.length, 'packed': packed, 'correlation': correlation,
+      'dtype': problem.dtype,
+    }  # fmt: skip
+    if not file.has(row):
+      cases.append((row, case))
+
+  def check(index):
+    implementation, problem, packed, correlation = cases[index][1]
     return accuracy.check(
       problem, implementation, seed + index, packed=packed, correlation=correlation
     )
 
-  rows, failures, end = [], [], deadline()
+  end = deadline()
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
-    reports = [pool.submit(check, case) for case in enumerate(cases)]
-    for case, future in zip(cases, tqdm(reports, 'accuracy'), strict=True):
-      implementation, problem, packed, correlation = case
-      name = f'{problem.operation} {implementation} size {problem.size} length {problem.length}'
-      name += ' packed' * packed + ' correlated' * (correlation > 0)
+    reports = [pool.submit(check, index) for index in range(len(cases))]
+    for (row, _), future in zip(cases, tqdm(reports, 'accuracy'), strict=True):
       if time.monotonic() > end and future.cancel():
-        tqdm.write(f'{name}: not run: out of time')
+        tqdm.write(f'{accuracy_name(row)}: not run: out of time')
         continue
       try:
         report = future.result()
       except NotImplementedError as error:
-        tqdm.write(f'{name}: not run: {error}')
+        tqdm.write(f'{accuracy_name(row)}: not run: {error}')
         continue
       found = report.failures(DTYPE.value)
-      failures += [f'{name}: {f}' for f in found]
-      rows.append({
-        'operation': problem.operation, 'implementation': implementation, 'size': problem.size,
-        'length': problem.length, 'packed': packed, 'correlation': correlation,
-        'dtype': problem.dtype, 'passed': not found, 'flipped_mask_entries': report.flipped,
+      file.add(row | {
+        'passed': not found, 'over_the_bar': '; '.join(found),
+        'flipped_mask_entries': report.flipped,
         **{n: f'{e:.3e}' for n, e in report.errors.items()},
         **{f'cosine_{n}': f'{c:.6f}' for n, c in report.cosines.items()},
       })  # fmt: skip
-  print_accuracy(rows)
-  return rows, failures
+  print_accuracy(file.current())
+  return [f'{accuracy_name(r)}: {r["over_the_bar"]}' for r in file.current() if r['over_the_bar']]
+
+
+def accuracy_name(row: dict) -> str:
+  """A case of the accuracy suite, for a message."""
+  name = f'{row["operation"]} {row["implementation"]} size {row["size"]} length {row["length"]}'
+  name += ' packed' * (str(row['packed']) == 'True')
+  return name + ' correlated' * (float(row['correlation']) > 0)
 
 
 def print_accuracy(rows: list[dict]) -> None:
@@ -180,7 +190,7 @@ def print_accuracy(rows: list[dict]) -> None:
   for row in rows:
     errors = worst[row['operation'], row['implementation']]
     for name in ('o', 'base', 'residual', *gradients, 'flipped_mask_entries'):
-      if name in row:
+      if row.get(name, '') != '':
         errors[name] = max(errors.get(name, 0.0), float(row[name]))
   print('worst error against float64, RMS relative; clip mask pinned')
   for key, errors in worst.items():
@@ -205,10 +215,11 @@ def problems() -> list[Problem]:
   return chosen
 
 
-def time_ours(chosen: list[Problem], seed: int) -> list[dict]:
+def time_ours(chosen: list[Problem], seed: int, file: Rows, record) -> None:
   """Times what runs in JAX, in this process: compiles everything, several at a time, then times."""
   cases = [(p, i) for p in chosen for i in contenders.implementations(p.operation)]
   cases = [(p, i) for p, i in cases if i in CONTENDERS.value]
+  cases = [(p, i) for p, i in cases if not file.has(vars(p) | {'implementation': i})]
 
   def prepare(case):
     problem, implementation = case
@@ -219,7 +230,7 @@ def time_ours(chosen: list[Problem], seed: int) -> list[dict]:
     states = 1 + problem.has_residual
     return timing.prepare_in_place(function, shapes[:-states], shapes[-states:])
 
-  rows, end = [], deadline()
+  end = deadline()
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
     prepared = [pool.submit(prepare, case) for case in cases]
     list(tqdm(concurrent.futures.as_completed(prepared), 'compile', total=len(prepared)))
@@ -235,73 +246,99 @@ def time_ours(chosen: list[Problem], seed: int) -> list[dict]:
     except (ArithmeticError, ImportError, NotImplementedError, ValueError, RuntimeError) as error:
       tqdm.write(f'{name}: not run: {str(error).splitlines()[0][:300]}')
       continue
-    if PROFILE.value:
-      for kernel, seconds in timing.kernels(programs, arguments).items():
-        tqdm.write(f'  {name}: {seconds * 1e3:.3f} ms {kernel[:90]}')
-    rows.append({
+    record({
       **vars(problem), 'implementation': implementation,
       'milliseconds': measured.seconds * 1e3, 'spread': measured.spread * 1e3, 'method': 'loop',
       'peak_bytes': measured.peak_bytes, 'compile_seconds': measured.compile_seconds,
     })  # fmt: skip
+    if PROFILE.value:
+      for kernel, seconds in timing.kernels(programs, arguments).items():
+        tqdm.write(f'  {name}: {seconds * 1e3:.3f} ms {kernel[:90]}')
     del arguments
-  return rows
 
 
-def time_peers(chosen: list[Problem]) -> list[dict]:
+def time_peers(chosen: list[Problem], file: Rows, record) -> None:
   """Times fla's kernels in a process of their own, if it is installed."""
   if importlib.util.find_spec('torch') is None or importlib.util.find_spec('fla') is None:
     print('fla: not run: torch or flash-linear-attention is not installed')
-    return []
+    return
   wanted = [vars(p) for p in chosen if p.operation != 'flash']
+  wanted = [p for p in wanted if not file.has(p | {'implementation': 'fla'})]
+  if not wanted:
+    return
+  script = pathlib.Path(__file__).resolve().parent / 'ops_benchmark' / 'peers.py'
+  # Off this repository's path: transformers would take its folder `kernels` for another package.
+  root = pathlib.Path(__file__).resolve().parents[1]
+  search = [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p]
+  search = os.pathsep.join(p for p in search if pathlib.Path(p).resolve() != root)
   with tempfile.TemporaryDirectory() as folder:
-    asked, answered = pathlib.Path(folder, 'problems.json'), pathlib.Path(folder, 'rows.json')
+    asked = pathlib.Path(folder, 'problems.json')
     asked.write_text(json.dumps(wanted))
-    script = pathlib.Path(__file__).resolve().parent / 'ops_benchmark' / 'peers.py'
-    # Off this repository's path: transformers would take its folder `kernels` for another package.
-    root = pathlib.Path(__file__).resolve().parents[1]
-    search = [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p]
-    search = os.pathsep.join(p for p in search if pathlib.Path(p).resolve() != root)
-    command = [sys.executable, script, asked, answered]
-    environment = os.environ | {'PYTHONPATH': search}
-    try:
-      subprocess.run(command, cwd=folder, env=environment, check=True, timeout=PEER_SECONDS.value)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-      print(f'fla: stopped ({error}); the rows before that are kept')
-    lines = answered.read_text().splitlines() if answered.exists() else []
-  rows = [json.loads(line) for line in lines]
-  return [
-    {n: x for n, x in row.items() if n != 'versions'} | {'implementation': 'fla'} for row in rows
-  ]
+    process = subprocess.Popen(
+      [sys.executable, script, asked], cwd=folder, env=os.environ | {'PYTHONPATH': search},
+      stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    # Its first call of an operation tunes for minutes, so time is up whenever it is up.
+    timer = threading.Timer(PEER_SECONDS.value or threading.TIMEOUT_MAX, process.kill)
+    timer.daemon = True
+    timer.start()
+    for line in process.stdout:
+      if line.startswith('{'):
+        record(json.loads(line) | {'implementation': 'fla'})
+      else:
+        print(line, end='')
+    timer.cancel()
+  if process.wait():
+    print(f'fla: stopped (exit status {process.returncode}); the rows before that are kept')
 
 
-def add_rates(rows: list[dict], bandwidth: float, arithmetic: float) -> None:
-  """Adds what follows from a time: rates, share of the floor, memory against the tensors."""
-  for row in rows:
-    problem = Problem(**{n: row[n] for n in Problem.__dataclass_fields__})
-    seconds = row['milliseconds'] * 1e-3
-    floor = problem.floor_seconds(bandwidth, arithmetic)
-    row['floor_milliseconds'] = floor * 1e3
-    row['share_of_floor'] = floor / seconds
-    row['tflops'] = problem.flops() / seconds * 1e-12
-    row['share_of_copy_bandwidth'] = problem.bytes() / seconds / bandwidth
-    row['microseconds_per_token'] = seconds * 1e6 / (problem.batch * problem.length)
-    if problem.direction != 'decode':
-      tensors = 4 if problem.direction == 'forward' else 8  # q k v o, and their gradients
-      row['peak_over_tensors'] = row['peak_bytes'] / (tensors * problem.qkvo_bytes)
+def add_rates(row: dict, bandwidth: float, arithmetic: float) -> dict:
+  """The row with what follows from a time: rates, share of the floor, memory over the tensors."""
+  problem = Problem(**{n: row[n] for n in Problem.__dataclass_fields__})
+  seconds = row['milliseconds'] * 1e-3
+  floor = problem.floor_seconds(bandwidth, arithmetic)
+  row = row | {
+    'floor_milliseconds': floor * 1e3,
+    'share_of_floor': floor / seconds,
+    'tflops': problem.flops() / seconds * 1e-12,
+    'share_of_copy_bandwidth': problem.bytes() / seconds / bandwidth,
+    'microseconds_per_token': seconds * 1e6 / (problem.batch * problem.length),
+    'copy_bytes_per_second': bandwidth,
+    'bf16_flops_per_second': arithmetic,
+  }
+  if problem.direction != 'decode':
+    tensors = 4 if problem.direction == 'forward' else 8  # q k v o, and their gradients
+    row['peak_over_tensors'] = row['peak_bytes'] / (tensors * problem.qkvo_bytes)
+  return row
 
 
-def print_speed(rows: list[dict]) -> None:
-  """One line a measurement."""
+def print_speed(r: dict) -> None:
+  """One line of a measurement."""
+  tqdm.write(
+    f'{r["operation"]:10} {r["implementation"]:8} {r["direction"]:16} '
+    f'{r["batch"]:4} x {r["length"]:6} x {r["heads"]:2} x {r["size"]:3}: '
+    f'{r["milliseconds"]:8.3f} ms  {r["tflops"]:6.1f} TFLOP/s  '
+    f'{100 * r["share_of_floor"]:5.1f} % of floor  '
+    f'{100 * r["share_of_copy_bandwidth"]:5.1f} % of copy  {r["peak_bytes"] / 2**20:7.0f} MiB '
+    f'{r["method"]}'
+  )
+
+
+def measure_speed(chosen: list[Problem], seed: int, file: Rows) -> None:
+  """Times every problem, ours and then the peers', and draws the figures."""
+  bandwidth, arithmetic = timing.ceilings()
+  print(f'copy {bandwidth * 1e-12:.2f} TB/s, bf16 product {arithmetic * 1e-12:.0f} TFLOP/s')
   print('operation implementation direction batch x length x heads x size: milliseconds ...')
-  for r in rows:
-    print(
-      f'{r["operation"]:10} {r["implementation"]:8} {r["direction"]:16} '
-      f'{r["batch"]:4} x {r["length"]:6} x {r["heads"]:2} x {r["size"]:3}: '
-      f'{r["milliseconds"]:8.3f} ms  {r["tflops"]:6.1f} TFLOP/s  '
-      f'{100 * r["share_of_floor"]:5.1f} % of floor  '
-      f'{100 * r["share_of_copy_bandwidth"]:5.1f} % of copy  {r["peak_bytes"] / 2**20:7.0f} MiB '
-      f'{r["method"]}'
-    )
+
+  def record(row):
+    row = add_rates(row, bandwidth, arithmetic)
+    print_speed(row)
+    file.add(row)
+
+  time_ours(chosen, seed, file, record)
+  if 'fla' in CONTENDERS.value:
+    time_peers(chosen, file, record)
+  figures.draw(file.current(), pathlib.Path(OUT.value), file.source['hardware'])
 
 
 def main(argv):
@@ -313,26 +350,15 @@ def main(argv):
   seed = SEED.value if SEED.value is not None else int.from_bytes(os.urandom(3), 'little')
   failures = []
   if 'accuracy' in SUITES.value:
-    rows, failures = check_accuracy(seed)
-    write_rows('accuracy', [row | source for row in rows])
+    identity = ('operation', 'implementation', 'size', 'length', 'packed', 'correlation', 'dtype')
+    failures = check_accuracy(seed, result_file('accuracy', source, identity))
     for failure in failures:
       print('OVER THE BAR:', failure)
-  chosen = problems()
-  if chosen:
-    bandwidth, arithmetic = timing.ceilings()
-    print(f'copy {bandwidth * 1e-12:.2f} TB/s, bf16 product {arithmetic * 1e-12:.0f} TFLOP/s')
-    rows = time_ours(chosen, seed)
-    if 'fla' in CONTENDERS.value:
-      rows += time_peers(chosen)
-    order = {vars(p)['operation']: i for i, p in enumerate(chosen)}
-    rows.sort(key=lambda r: (r['size'], r['direction'], r['length'], order[r['operation']]))
-    add_rates(rows, bandwidth, arithmetic)
-    print_speed(rows)
-    card = {'copy_bytes_per_second': bandwidth, 'bf16_flops_per_second': arithmetic}
-    write_rows('speed', [row | card | source for row in rows])
-    figures.draw(rows, pathlib.Path(OUT.value), source['hardware'])
+  if chosen := problems():
+    identity = (*Problem.__dataclass_fields__, 'implementation')
+    measure_speed(chosen, seed, result_file('speed', source, identity))
   if failures:
-    sys.exit(f'{len(failures)} figures are over their bars')
+    sys.exit(f'{len(failures)} cases of the accuracy suite are over their bars')
 
 
 if __name__ == '__main__':

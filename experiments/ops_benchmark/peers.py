@@ -1,9 +1,9 @@
 """Times the PyTorch peers: fla's kernels, one state, and two passes of them for two states.
 
-Runs as a process of its own: `python peers.py PROBLEMS.json ROWS.json`. Needs torch and
-flash-linear-attention. On Hopper with Triton 3.4 to 3.7.0 fla refuses its gated backward because
-it computes wrong gradients there (its issue 640); the check is switched off, so that time can be
-compared, and the row says so.
+Runs as a process of its own: `python peers.py PROBLEMS.json` prints a JSON object a problem, as
+they come. Needs torch and flash-linear-attention. On Hopper with Triton 3.4 to 3.7.0 fla refuses
+its gated backward because it computes wrong gradients there (its issue 640); the check is switched
+off, so that time can be compared: there its backward is a time and no more.
 
 Timing: CUDA events around back-to-back calls, and around replays of a CUDA graph of them; the
 shorter is reported with its name, since a graph leaves the host's part out, as the loop of the JAX
@@ -144,30 +144,26 @@ def build(problem, operators, steps):
   return both
 
 
-def main(problems_path, rows_path):
-  """Times every problem of the first file; writes rows to the second as they come."""
-  import fla
-  import triton
+def main(problems_path):
+  """Times every problem of the file and prints a row for each."""
   from tqdm import tqdm
 
   operators, steps = load()
-  versions = {'torch': torch.__version__, 'fla': fla.__version__, 'triton': triton.__version__}
   with open(problems_path) as file:
     problems = json.load(file)
-  with open(rows_path, 'w') as file:
-    for problem in tqdm(problems, desc='fla'):
-      run = build(problem, operators, steps)
-      if run is None:
-        continue
-      try:
-        milliseconds, method, peak = time_it(run)
-      except torch.cuda.OutOfMemoryError:
-        continue
-      row = {**problem, 'milliseconds': milliseconds, 'method': method, 'peak_bytes': peak}
-      file.write(json.dumps({**row, 'versions': versions}) + '\n')
-      file.flush()
-      del run
-      torch.cuda.empty_cache()
+  for problem in tqdm(problems, desc='fla'):
+    run = build(problem, operators, steps)
+    if run is None:
+      continue
+    try:
+      milliseconds, method, peak = time_it(run)
+    except torch.cuda.OutOfMemoryError:
+      print(f'fla {problem}: not run: out of memory', flush=True)
+      continue
+    row = {**problem, 'milliseconds': milliseconds, 'method': method, 'peak_bytes': peak}
+    print(json.dumps(row), flush=True)
+    del run
+    torch.cuda.empty_cache()
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ sys.path.append(str(ROOT / 'experiments'))
 
 from ops_benchmark import accuracy, timing  # noqa: E402
 from ops_benchmark.problem import Problem, make_inputs, on_device  # noqa: E402
+from ops_benchmark.rows import Rows  # noqa: E402
 
 from rla_jax import ops  # noqa: E402
 from tests import oracle  # noqa: E402
@@ -139,6 +140,27 @@ def test_timing_refuses_zeros():
   x = jnp.ones(8)
   with pytest.raises(FloatingPointError, match='sums to 0'):
     timing.measure(timing.prepare(lambda x: (x * 0,), (x,)), (x,))
+
+
+def test_rows_are_kept_as_they_come(tmp_path):
+  """A stopped run leaves a whole file, and the next knows what it need not measure again."""
+  path = tmp_path / 'speed.csv'
+  source = {'commit': '7e22961', 'hardware': 'card', 'versions': 'jax 1'}
+  first = Rows(path, source, ('operation', 'length'))
+  first.add({'operation': 'rdn', 'length': 2048, 'milliseconds': 0.25})
+  first.add({'operation': 'rdn', 'length': 8192, 'milliseconds': 0.5, 'extra': 'x'})
+  with open(path, newline='') as file:
+    assert [row['milliseconds'] for row in csv.DictReader(file)] == ['0.25', '0.5']
+  again = Rows(path, source, ('operation', 'length'), resume=True)
+  assert again.has({'operation': 'rdn', 'length': 8192})
+  assert not again.has({'operation': 'rla', 'length': 8192})
+  assert again.current()[0]['milliseconds'] == 0.25
+  later = Rows(path, source | {'commit': 'b'}, ('operation', 'length'), resume=True)
+  assert not later.has({'operation': 'rdn', 'length': 8192})
+  later.add({'operation': 'rdn', 'length': 2048, 'milliseconds': 0.125})
+  assert [row['commit'] for row in later.rows] == ['7e22961', '7e22961', 'b']
+  assert [row['milliseconds'] for row in later.current()] == [0.125]
+  assert Rows(path, source, ('operation',)).rows == []
 
 
 def test_command_writes_what_it_measured(tmp_path):
