@@ -23,8 +23,8 @@ import pathlib
 
 from absl import flags
 
-from rla_jax.data import DataError
 from rla_jax.evaluation import Settings, run_suites
+from rla_jax.evaluation.run import parse_lengths
 from rla_jax.training.command_line import run
 from rla_jax.training.trained import evaluate_run
 
@@ -75,30 +75,18 @@ def main(_):
 
 def suites() -> int:
   """Runs the suites, prints the table and what was skipped."""
-  output = pathlib.Path(_OUTPUT.value or pathlib.Path(_WORKDIR.value) / 'evaluation')
+  output = pathlib.Path(_OUTPUT.value or f'{_WORKDIR.value}/evaluation').expanduser()
   settings = Settings(
     data_dir=_DATA_DIR.value, path=_PATH.value, window=_WINDOW.value, stride=_STRIDE.value,
     chunk=_CHUNK.value, batch_tokens=_BATCH_TOKENS.value, batch_size=_BATCH_SIZE.value,
-    limit=_LIMIT.value, lengths=lengths(), mixers=_MIXERS.value and tuple(_MIXERS.value),
+    limit=_LIMIT.value, lengths=_LENGTHS.value and parse_lengths(_LENGTHS.value),
+    mixers=_MIXERS.value and tuple(_MIXERS.value),
   )  # fmt: skip
   _, skipped = run_suites(_WORKDIR.value, _SUITE.value, output, settings)
   print((output / 'results.md').read_text())
   for task, reason in skipped.items():
     print(f'skipped {task}: {reason}')
   return 0
-
-
-def lengths() -> tuple[int, ...] | None:
-  """The flag as numbers.
-
-  Raises:
-    DataError: they are none.
-  """
-  if _LENGTHS.value is None:
-    return None
-  if not all(text.isdigit() and int(text) for text in _LENGTHS.value):
-    raise DataError(f'--lengths={",".join(_LENGTHS.value)}; expected numbers of tokens')
-  return tuple(map(int, _LENGTHS.value))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Draws metrics of training runs.
 
   python experiments/plot.py --runs=runs/a,runs/b --output=loss.png
-  python experiments/plot.py --runs=runs/a --output=gates.png \
+  python experiments/plot.py --runs=runs/a --output=gates.png \\
       --metrics=train/loss,eval/loss --metrics=gates/alpha/ --metrics=grad_norm/
 """
 

@@ -7,14 +7,18 @@
 
 The model has random parameters. --mixers puts one layer after the other in place of all those of
 the config; softmax attention then has the config's number of heads, all with keys and values of
-their own. Writes throughput.csv and a figure for each of --kinds.
+their own. Writes throughput.csv and a figure for each of --kinds. The same command again measures
+what is missing; --budget stops after so many seconds.
 """
 
+import math
 import pathlib
 
 from absl import flags
 
 from rla_jax.evaluation import throughput
+from rla_jax.evaluation.results import read_rows
+from rla_jax.evaluation.run import parse_lengths
 from rla_jax.training.command_line import define_config, run
 from rla_jax.training.config import check, model_config
 
@@ -25,6 +29,7 @@ _LENGTHS = flags.DEFINE_list('lengths', list(map(str, throughput.LENGTHS)), 'Tok
 _BATCH_TOKENS = flags.DEFINE_integer('batch_tokens', 32768, 'Tokens of a batch.', lower_bound=1)
 _CHUNK = flags.DEFINE_integer('chunk', 2048, 'Prompt tokens of one call.', lower_bound=1)
 _KINDS = flags.DEFINE_list('kinds', list(throughput.KINDS), 'What to measure.')
+_BUDGET = flags.DEFINE_float('budget', None, 'Seconds after which it stops, to go on later.')
 _VOCABULARY = flags.DEFINE_integer(
   'vocab_size', 100_352, 'Tokens of the vocabulary, unless the config says.', lower_bound=1
 )
@@ -35,11 +40,14 @@ def main(_):
   check(_CONFIG.value)
   folder = pathlib.Path(_OUTPUT.value)
   folder.mkdir(parents=True, exist_ok=True)
+  table = folder / 'throughput.csv'
   size = _CONFIG.value.model.vocab_size or _VOCABULARY.value
   throughput.measure(
     model_config(_CONFIG.value, size), _CONFIG.value, folder, mixers=_MIXERS.value,
-    lengths=[int(n) for n in _LENGTHS.value], batch_tokens=_BATCH_TOKENS.value,
-    chunk=_CHUNK.value, kinds=_KINDS.value, say=lambda line: print(line, flush=True),
+    lengths=parse_lengths(_LENGTHS.value), batch_tokens=_BATCH_TOKENS.value,
+    chunk=_CHUNK.value, kinds=_KINDS.value, budget=_BUDGET.value or math.inf,
+    known=read_rows(table) if table.exists() else (),
+    say=lambda line: print(line, flush=True),
   )  # fmt: skip
 
 

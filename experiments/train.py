@@ -1,7 +1,7 @@
 """Trains a language model.
 
   python experiments/train.py --config=configs/quickstart.py --workdir=runs/mine
-  python experiments/train.py --config=configs/quickstart.py --workdir=runs/text \
+  python experiments/train.py --config=configs/quickstart.py --workdir=runs/text \\
       --config.data.path='text/*.txt' --config.steps=2000
 
 The same command again goes on from the newest checkpoint. SIGTERM and Ctrl-C save one and leave.

@@ -107,7 +107,9 @@ def stream(
 ) -> Iterator[np.ndarray]:
   """As `generate`, but yields the tokens [B, <= block] as they are made; ends when all are done."""
   vocabulary = model.config.vocab_size
-  prompts = _check_prompts(prompt_tokens, vocabulary)
+  prompts = check_ids('prompt_tokens', prompt_tokens, vocabulary)
+  if not prompts:
+    raise ValueError('prompt_tokens is empty; expected at least one prompt')
   _check_sampling(temperature, top_k, top_p, vocabulary)
   for name, value in (
     ('max_new_tokens', max_new_tokens), ('prefill_chunk', prefill_chunk), ('block', block)
@@ -160,14 +162,14 @@ def prefill(
     Logits [B, S] of the token that follows each prompt, and the cache.
   """
   longest = max(len(prompt) for prompt in prompts)
-  chunk = min(chunk, _next_power_of_two(longest))
+  chunk = min(chunk, next_power_of_two(longest))
   length = -(-longest // chunk) * chunk
   tokens_BT = np.zeros((len(prompts), length), np.int32)
   segments_BT = np.zeros_like(tokens_BT)
   for row, prompt in enumerate(prompts):
     tokens_BT[row, length - len(prompt) :] = prompt
     segments_BT[row, length - len(prompt) :] = 1
-  cache = model.init_cache(len(prompts), _next_power_of_two(length + room))
+  cache = model.init_cache(len(prompts), next_power_of_two(length + room))
   for start in range(0, length, chunk):
     now = slice(start, start + chunk)
     logits_BS, cache = _read(model, params, tokens_BT[:, now], segments_BT[:, now], cache)
@@ -196,6 +198,33 @@ def filter_logits(
     least_B1 = jnp.min(jnp.where(kept_BS, sorted_BS, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < least_B1, -jnp.inf, logits)
   return logits
+
+
+def check_ids(name: str, sequences: Prompts, vocab_size: int) -> list[np.ndarray]:
+  """The sequences as arrays.
+
+  Raises:
+    ValueError: one of them is empty, not of integers, or has an id outside the vocabulary; `name`
+      is what the message calls them.
+  """
+  rows = [np.asarray(row) for row in sequences]
+  for i, row in enumerate(rows):
+    if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+      raise ValueError(
+        f'{name}[{i}] has shape {row.shape} and dtype {row.dtype}; '
+        'expected a non-empty sequence of integer ids'
+      )
+    if row.min() < 0 or row.max() >= vocab_size:
+      raise ValueError(
+        f'{name}[{i}] holds ids from {row.min()} to {row.max()}; '
+        f'expected ids in [0, {vocab_size})'
+      )
+  return rows
+
+
+def next_power_of_two(n: int) -> int:
+  """The smallest power of two that is not less than n >= 1: lengths in few shapes."""
+  return 1 << (n - 1).bit_length()
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -234,28 +263,6 @@ def _decode(
 
   state, tokens_NB = jax.lax.scan(step, state, None, length=steps)
   return tokens_NB.T, state
-
-
-def _next_power_of_two(n: int) -> int:
-  return 1 << (n - 1).bit_length()
-
-
-def _check_prompts(prompts: Prompts, vocabulary: int) -> list[np.ndarray]:
-  rows = [np.asarray(row) for row in prompts]
-  if not rows:
-    raise ValueError('prompt_tokens is empty; expected at least one prompt')
-  for i, row in enumerate(rows):
-    if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-      raise ValueError(
-        f'prompt_tokens[{i}] has shape {row.shape} and dtype {row.dtype}; '
-        'expected a non-empty sequence of integer ids'
-      )
-    if row.min() < 0 or row.max() >= vocabulary:
-      raise ValueError(
-        f'prompt_tokens[{i}] holds ids from {row.min()} to {row.max()}; '
-        f'expected ids in [0, {vocabulary})'
-      )
-  return rows
 
 
 def _check_sampling(temperature, top_k, top_p, vocabulary):

@@ -96,6 +96,7 @@ def test_first_tokens_follow_the_models_distribution(params):
 BAD = [
   ({'prompt_tokens': []}, 'prompt_tokens is empty'),
   ({'prompt_tokens': [[]]}, r'prompt_tokens\[0\] has shape \(0,\)'),
+  ({'prompt_tokens': [np.zeros(0, np.int32)]}, r'shape \(0,\) and dtype int32'),
   ({'prompt_tokens': [1, 2]}, r'prompt_tokens\[0\] has shape \(\)'),
   ({'prompt_tokens': [[40]]}, r'expected ids in \[0, 40\)'),
   ({'max_new_tokens': 0}, 'max_new_tokens is 0'),

@@ -18,7 +18,7 @@ class DataConfig:
       in `seed` are evaluated on the same documents.
     format: "auto" (by suffix: .jsonl is one object a line, anything else plain text), "text" or
       "jsonl". A further .xz or .gz suffix is decompressed in each case. "synthetic": `path` is the
-      name of a task (rla_jax.data.synthetic.corpus); of the other keys, those of batches count.
+      name of a task (rla_jax.data.synthetic.tasks); of the other keys, those of batches count.
     text_field: the field of a jsonl object that holds the document.
     document_separator: plain text is split into documents here; None makes a file one document.
     tokenizer: "byte", or a path that `load_tokenizer` understands.

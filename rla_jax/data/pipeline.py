@@ -8,7 +8,8 @@ from rla_jax.data.config import DataConfig
 from rla_jax.data.corpus import Corpus
 from rla_jax.data.fingerprint import fingerprint as text_fingerprint
 from rla_jax.data.packing import Batch
-from rla_jax.data.synthetic.corpus import SyntheticCorpus, SyntheticEvaluation, vocabulary
+from rla_jax.data.synthetic.corpus import SyntheticCorpus, SyntheticEvaluation
+from rla_jax.data.synthetic.tasks import vocabulary
 from rla_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -14,6 +14,7 @@ def curves(
   *,
   log_x: bool = True,
   log_y: bool = False,
+  bars: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
   """Draws lines: {name: (x, y)}.
 
@@ -24,11 +25,13 @@ def curves(
     y_label: likewise.
     log_x: whether the axis is logarithmic, to base 2.
     log_y: likewise.
+    bars: half the length of a bar at every point, for some of the lines.
   """
   pyplot = _pyplot()
   figure, axes = pyplot.subplots(figsize=(6.5, 4), layout='constrained')
   for name, (x, y) in lines.items():
-    axes.plot(x, y, marker='o', markersize=3, linewidth=1.2, label=name)
+    bar = (bars or {}).get(name)
+    axes.errorbar(x, y, bar, marker='o', markersize=3, linewidth=1.2, capsize=3, label=name)
   if log_x:
     axes.set_xscale('log', base=2)
   if log_y:

@@ -16,6 +16,7 @@ from rla_jax.evaluation import local_tasks
 from rla_jax.evaluation.continuations import continue_greedily
 from rla_jax.evaluation.likelihood import log_likelihoods
 from rla_jax.evaluation.results import Result
+from rla_jax.evaluation.run import Run
 from rla_jax.evaluation.scorer import Scorer
 from rla_jax.training.trained import load
 
@@ -141,15 +142,15 @@ class RlaJaxLM(TemplateLM):
     return found
 
 
-def evaluate(trained, scorer: Scorer, suite: str, tasks: Sequence[str], settings):
+def evaluate(
+  run: Run, suite: str, tasks: Sequence[str]
+) -> tuple[list[Result], dict[str, str]]:
   """Runs local tasks through the harness.
 
   Args:
-    trained: the model.
-    scorer: of it.
+    run: the model and the settings.
     suite: that the results are filed under.
     tasks: keys of `local_tasks.TASKS`.
-    settings: of `suites`.
 
   Returns:
     Results, and the tasks that were skipped with the reason of each.
@@ -157,6 +158,7 @@ def evaluate(trained, scorer: Scorer, suite: str, tasks: Sequence[str], settings
   Raises:
     DataError: see `local_tasks.write`.
   """
+  settings = run.settings
   if settings.data_dir is None:
     return [], dict.fromkeys(tasks, 'no data_dir is given')
   go_offline()
@@ -164,7 +166,9 @@ def evaluate(trained, scorer: Scorer, suite: str, tasks: Sequence[str], settings
     written, skipped = local_tasks.write(folder, settings.data_dir, tasks)
     if not written:
       return [], skipped
-    lm = RlaJaxLM(scorer=scorer, tokenizer=trained.tokenizer, batch_size=settings.batch_size)
+    lm = RlaJaxLM(
+      scorer=run.scorer, tokenizer=run.trained.tokenizer, batch_size=settings.batch_size
+    )
     found = simple_evaluate(
       lm, tasks=written, limit=settings.limit, log_samples=False, bootstrap_iters=0,
       task_manager=TaskManager(include_path=folder, include_defaults=False),

@@ -1,12 +1,12 @@
 """The language model evaluation harness's own command line, with this library's models and sets.
 
   python -m rla_jax.evaluation.lm_eval --workdir runs/mine --data_dir data --tasks arc_easy,piqa
-  python -m rla_jax.evaluation.lm_eval --data_dir data --model rla_jax \
+  python -m rla_jax.evaluation.lm_eval --data_dir data --model rla_jax \\
       --model_args workdir=runs/mine,chunk=1024 --tasks squad --limit 100 --log_samples ...
 
-All flags are the harness's (`--help`), but for two: `--workdir` is short for the model and its
-argument, and the sets in the folder `--data_dir` become tasks, in place of the harness's own of the
-same name (`rla_jax.evaluation.local_tasks` lists them).
+All flags are the harness's, but for two: `--workdir` is short for the model and its argument, and
+the sets in the folder `--data_dir` become tasks, in place of the harness's own of the same name
+(`rla_jax.evaluation.local_tasks` lists them).
 """
 
 import argparse
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument('--workdir')
   parser.add_argument('--data_dir')
   ours, rest = parser.parse_known_args(arguments)
+  if {'-h', '--help'} & set(rest):
+    print(__doc__)  # the harness prints its own behind it
   if importlib.util.find_spec('lm_eval') is None:
     sys.exit("error: lm_eval is not installed: pip install 'rla_jax[eval]'")
   from lm_eval.__main__ import cli_evaluate

@@ -50,19 +50,24 @@ def write(folder: pathlib.Path, results: Sequence[Result], record: dict[str, Any
   for row in rows:
     row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
   (folder / 'results.json').write_text(json.dumps({**record, 'results': rows}, indent=1) + '\n')
-  with (folder / 'results.csv').open('w', newline='') as file:
-    writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Result)])
-    writer.writeheader()
-    writer.writerows(rows)
+  write_rows(folder / 'results.csv', rows)
   (folder / 'results.md').write_text(markdown(results, record))
 
 
 def write_rows(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-  """Writes records with the same keys as CSV."""
-  with path.open('w', newline='') as file:
+  """Writes records with the same keys as CSV; a file that is there was written to its end."""
+  partial = path.with_name(f'{path.name}.partial')
+  with partial.open('w', newline='') as file:
     writer = csv.DictWriter(file, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
+  partial.replace(path)
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of `write_rows`: numbers where they look like some, None where nothing stands."""
+  with path.open() as file:
+    return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def markdown(results: Sequence[Result], record: dict[str, Any]) -> str:
@@ -87,3 +92,12 @@ def _number(value: float | None) -> str:
   if value is None:
     return ''
   return f'{value:.4g}' if abs(value) < 1e5 else f'{value:.3e}'
+
+
+def _value(text: str) -> int | float | str | None:
+  for kind in (int, float):
+    try:
+      return kind(text)
+    except ValueError:
+      pass
+  return text or None

@@ -2,7 +2,9 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
+from rla_jax.data import DataError
 from rla_jax.evaluation import records
 from rla_jax.evaluation.scorer import Scorer
 from rla_jax.training.trained import TrainedModel
@@ -36,6 +38,18 @@ class Settings:
   limit: int | None = None
   lengths: tuple[int, ...] | None = None
   mixers: tuple[str, ...] | None = None
+
+
+def parse_lengths(words: Sequence[str]) -> tuple[int, ...]:
+  """Lengths as they are written on a command line.
+
+  Raises:
+    DataError: a word that is no number of tokens.
+  """
+  for word in words:
+    if not (word.isdecimal() and int(word)):
+      raise DataError(f'length {word!r}; expected a number of tokens')
+  return tuple(map(int, words))
 
 
 class Skipped(Exception):

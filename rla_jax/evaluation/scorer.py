@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from rla_jax.generation import check_ids, next_power_of_two
 from rla_jax.models import LanguageModel
 from rla_jax.shapes import Int
 
@@ -81,9 +82,7 @@ class Scorer:
     Raises:
       ValueError: a sequence without a token, or an id outside the vocabulary.
     """
-    sequences = [np.asarray(s) for s in sequences]
-    for i, s in enumerate(sequences):
-      _check(i, s, self.model.config.vocab_size)
+    sequences = check_ids('sequences', sequences, self.model.config.vocab_size)
     found: list[Scores | None] = [None] * len(sequences)
     total = sum(len(s) - 1 for s in sequences)
     hidden = None if description is not None else True
@@ -122,7 +121,7 @@ class Scorer:
     if length is not None:
       pieces = [_score(self.model, self.params, tokens_BT)]
     else:
-      pieces, cache = [], self.model.init_cache(rows, _power_of_two(padded))
+      pieces, cache = [], self.model.init_cache(rows, next_power_of_two(padded))
       for start in range(0, padded, self.chunk):
         now = tokens_BT[:, start : start + self.chunk + 1]
         piece, cache = _score_chunk(self.model, self.params, now, cache)
@@ -144,20 +143,3 @@ def _score_chunk(model, params, tokens_BT, cache):
   return model.apply(
     {'params': params}, tokens_BT[:, :-1], tokens_BT[:, 1:], cache=cache, method='score'
   )
-
-
-def _check(i, tokens, vocabulary):
-  if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-    raise ValueError(
-      f'sequences[{i}] has shape {tokens.shape} and dtype {tokens.dtype}; '
-      'expected a non-empty sequence of integer ids'
-    )
-  if tokens.min() < 0 or tokens.max() >= vocabulary:
-    raise ValueError(
-      f'sequences[{i}] holds ids from {tokens.min()} to {tokens.max()}; '
-      f'expected ids in [0, {vocabulary})'
-    )
-
-
-def _power_of_two(n: int) -> int:
-  return 1 << (n - 1).bit_length()

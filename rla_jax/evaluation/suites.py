@@ -78,13 +78,13 @@ def run_suites(
   if settings.data_dir is not None:
     records.check_folder(settings.data_dir)
   folder = pathlib.Path(output).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   with jax.set_mesh(mesh):
     trained = load(workdir, mesh)
     scorer = Scorer(
       trained.model, trained.params, chunk=settings.chunk, batch_tokens=settings.batch_tokens
     )
+    folder.mkdir(parents=True, exist_ok=True)
     run = Run(trained, scorer, settings, folder)
     found, skipped = [], {}
     for task in tasks:
@@ -99,6 +99,7 @@ def run_suites(
         harness_results, harness_skipped = _harness(run, suite, of_suite)
         found += harness_results
         skipped |= harness_skipped
+    found += _recall_average(found)
   if not found:
     reasons = '; '.join(f'{task}: {reason}' for task, reason in skipped.items())
     raise DataError(f'there is nothing to evaluate on: {reasons}')
@@ -185,7 +186,16 @@ def _harness(run: Run, suite: str, tasks: Sequence[str]) -> tuple[list[Result], 
     raise DataError(f"suite {suite!r} needs lm_eval: pip install 'rla_jax[eval]'")
   from rla_jax.evaluation import harness
 
-  return harness.evaluate(run.trained, run.scorer, suite, tasks, run.settings)
+  return harness.evaluate(run, suite, tasks)
+
+
+def _recall_average(found: Sequence[Result]) -> list[Result]:
+  """The mean over the recall tasks that published tables have; only of all of them."""
+  scores = [r for r in found if r.suite == 'recall']
+  if {r.task for r in scores} != set(SUITES['recall']):
+    return []
+  mean = sum(r.value for r in scores) / len(scores)
+  return [Result('recall', 'recall', 'average', mean, sum(r.samples for r in scores))]
 
 
 _TASKS: Mapping[str, Callable[[Run], list[Result]]] = {

@@ -23,7 +23,7 @@ from rla_jax.training.config import check
 
 
 def evaluate(run: Run, suite: str, task: str) -> list[Result]:
-  """Runs a task of `rla_jax.data.synthetic.corpus.TASKS`; writes {task}.csv, and a figure.
+  """Runs a task of `rla_jax.data.synthetic.tasks.TASKS`; writes {task}.csv, and a figure.
 
   Raises:
     Skipped: the checkpoint was trained on something else.

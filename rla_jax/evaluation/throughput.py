@@ -4,12 +4,15 @@ A training step takes about as many tokens at every length, in one piece; prefil
 many sequences as such a batch holds. Parameters and tokens are random: they do not matter here.
 Time is the median of repetitions after a first one, which compiles. Memory of a training step is
 what the compiler lays out for its arguments, results and temporaries; of prefill and decode it is
-parameters and cache. What does not fit is a row without numbers.
+parameters and cache. What does not fit is a row without numbers. On NVIDIA GPUs the training step
+of softmax attention is FlashAttention; with a cache it is XLA's products.
 """
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import math
 import os
 import pathlib
 import statistics
@@ -27,7 +30,6 @@ from rla_jax.evaluation import figures, results
 from rla_jax.evaluation.results import Result
 from rla_jax.evaluation.run import Run
 from rla_jax.models import LanguageModel, ModelConfig
-from rla_jax.training.evaluate import loss_sums
 from rla_jax.training.optimizer import make_optimizer
 from rla_jax.training.state import initializer
 from rla_jax.training.step import train_step
@@ -85,6 +87,8 @@ def measure(
   batch_tokens: int = 16384,
   chunk: int = 2048,
   kinds: Sequence[str] = KINDS,
+  known: Sequence[dict] = (),
+  budget: float = math.inf,
   say: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
   """Measures mixers at lengths; writes throughput.csv and a figure a kind.
@@ -98,32 +102,49 @@ def measure(
     batch_tokens: tokens of a batch, which holds at least one sequence.
     chunk: prompt tokens in one call of the model.
     kinds: some of `KINDS`.
+    known: rows of an earlier call; those of the same model and device are not measured again.
+    budget: seconds after which no further measurement begins.
     say: takes a line a measurement.
 
   Returns:
     The rows of the table.
+
+  Raises:
+    DataError: an unknown mixer or kind.
   """
-  folder, rows = pathlib.Path(folder), []
+  unknown = [kind for kind in kinds if kind not in KINDS]
+  if unknown:
+    raise DataError(f'kind {unknown[0]!r}; expected some of {", ".join(KINDS)}')
+  models = [
+    LanguageModel(own if mixer is None else with_mixer(own, mixer)) for mixer in mixers or (None,)
+  ]
+  begin, folder, rows = time.perf_counter(), pathlib.Path(folder), list(known)
   functions = {
     'train': lambda model: functools.partial(train, model, config),
     'prefill': lambda model: functools.partial(prefill, model, chunk=chunk),
     'decode': lambda model: functools.partial(decode, model, chunk=chunk),
   }
-  for mixer, length, kind in itertools.product(mixers or (None,), lengths, kinds):
-    model = LanguageModel(own if mixer is None else with_mixer(own, mixer))
+  for model, length, kind in itertools.product(models, lengths, kinds):
     count = max(1, batch_tokens // length)
+    identity = {
+      'kind': kind, 'mixer': ' '.join(dict.fromkeys(model.config.pattern)), 'length': length,
+      'sequences': count, 'device': jax.devices()[0].device_kind, 'model': _digest(model.config),
+    }  # fmt: skip
+    name = f'{identity["mixer"]} {kind} {count} x {length}'
+    if any(identity.items() <= row.items() for row in rows):
+      say(f'{name}: measured before')
+      continue
+    if time.perf_counter() - begin > budget:
+      say(f'{name}: left for another call, the budget is spent')
+      break
     timing = _attempt(functions[kind](model), count, length)
     jax.clear_caches()
-    row = {
-      'kind': kind, 'mixer': ' '.join(dict.fromkeys(model.config.pattern)), 'length': length,
-      'sequences': count, 'tokens_per_second': timing and timing.rate,
-      'seconds': timing and timing.seconds, 'memory_bytes': timing and timing.memory,
-      'device': jax.devices()[0].device_kind,
-    }  # fmt: skip
-    rows.append(row)
+    rows.append(identity | {
+      'tokens_per_second': timing and timing.rate, 'seconds': timing and timing.seconds,
+      'memory_bytes': timing and timing.memory,
+    })  # fmt: skip
     results.write_rows(folder / 'throughput.csv', rows)
-    speed = 'does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'
-    say(f'{row["mixer"]} {kind} {count} x {length}: {speed}')
+    say(f'{name}: ' + ('does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'))
   for kind in kinds:
     _show(folder, kind, rows)
   return rows
@@ -142,6 +163,17 @@ def with_mixer(config: ModelConfig, mixer: str) -> ModelConfig:
     raise DataError(f'mixer {mixer!r}: {error}') from error
 
 
+def with_fused_attention(config: ModelConfig) -> ModelConfig:
+  """The config with FlashAttention (cuDNN's) in its softmax layers, where the device has it."""
+  half = config.dtype in ('bfloat16', 'float16')
+  fused = jax.default_backend() == 'gpu' and half
+  layers = {'attention', 'sliding_window_attention'} & set(config.pattern) if fused else ()
+  options = {
+    layer: {'implementation': 'cudnn', **config.layer_options.get(layer, {})} for layer in layers
+  }
+  return dataclasses.replace(config, layer_options={**config.layer_options, **options})
+
+
 def train(model: LanguageModel, config, count: int, length: int) -> Timing:
   """One optimiser step on `count` sequences."""
   config = config.copy_and_resolve_references()
@@ -149,12 +181,13 @@ def train(model: LanguageModel, config, count: int, length: int) -> Timing:
   optimizer = make_optimizer(config)
   init = jax.jit(initializer(model, optimizer))
   tokens = jnp.asarray(_tokens(model, count, length + 1))
-  batch = {
-    'tokens': tokens[:, :-1], 'targets': tokens[:, 1:],
-    'segment_ids': jnp.zeros((count, length), jnp.int32), 'loss_mask': jnp.ones((count, length)),
-  }  # fmt: skip
-  loss = functools.partial(loss_sums, model)
-  step = functools.partial(train_step, loss_sums=loss, optimizer=optimizer, config=config)
+  batch = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:]}
+  model = LanguageModel(with_fused_attention(model.config))
+
+  def loss_sums(params, batch):  # a sequence is one document, so attention needs no mask
+    return model.apply({'params': params}, batch['tokens'], batch['targets'], method='loss')
+
+  step = functools.partial(train_step, loss_sums=loss_sums, optimizer=optimizer, config=config)
   state = init(jax.random.key(0))
   compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
 
@@ -233,6 +266,10 @@ def _params(model: LanguageModel):
 def _tokens(model: LanguageModel, count: int, length: int) -> np.ndarray:
   rng = np.random.default_rng(0)
   return rng.integers(0, model.config.vocab_size, (count, length)).astype(np.int32)
+
+
+def _digest(config: ModelConfig) -> str:
+  return f'sha256:{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}'
 
 
 def _show(folder: pathlib.Path, kind: str, rows: list[dict]) -> None:

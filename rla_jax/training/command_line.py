@@ -18,6 +18,8 @@ from rla_jax.training import distributed
 from rla_jax.training.config import get_config, leaves
 from rla_jax.training.errors import TrainingError
 
+flags.disclaim_key_flags()  # --help lists --config among the flags of the program that defines it.
+
 USAGE = 2  # Exit status of a wrong command line or config.
 FAILED = 1  # Exit status of a run that ended with an error.
 

@@ -16,6 +16,7 @@ TOKENIZER = load_tokenizer('byte')
 CHUNK, BATCH_TOKENS = 64, 256
 
 
+@functools.cache
 def small(pattern=('rdn',), vocab_size=TOKENIZER.vocab_size, seed=0, **options):
   """A model of one layer a pattern entry and random parameters, large enough to have opinions."""
   config = ModelConfig(
@@ -24,8 +25,7 @@ def small(pattern=('rdn',), vocab_size=TOKENIZER.vocab_size, seed=0, **options):
     implementation='reference', **options,
   )  # fmt: skip
   model = LanguageModel(config)
-  params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))['params']
-  return model, params
+  return model, jax.jit(_init, static_argnums=0)(model, jax.random.key(seed))
 
 
 @functools.cache
@@ -44,7 +44,15 @@ def bigram(vocab_size=TOKENIZER.vocab_size, seed=0):
     implementation='reference',
   )  # fmt: skip
   model = LanguageModel(config)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
-  params = {**params, 'embedding': jnp.eye(vocab_size), 'head': log_p / np.sqrt(vocab_size)}
-  params['blocks'] = jax.tree.map(jnp.zeros_like, params['blocks'])
+  shapes = jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+  params = {
+    'embedding': np.eye(vocab_size), 'head': log_p / np.sqrt(vocab_size),
+    'final_norm': {'scale': np.ones(vocab_size)},
+    'blocks': jax.tree.map(lambda x: np.zeros(x.shape), shapes['blocks']),
+  }  # fmt: skip
+  assert jax.tree.structure(params) == jax.tree.structure(shapes)
   return model, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), log_p
+
+
+def _init(model, key):
+  return model.init(key, jnp.zeros((1, 2), jnp.int32))['params']

@@ -8,7 +8,10 @@ import pytest
 
 from rla_jax.evaluation import Settings, wikitext
 from rla_jax.evaluation.likelihood import encode_pair
+from rla_jax.evaluation.run import Run
 from rla_jax.evaluation.scorer import Scorer
+from rla_jax.training import get_config
+from rla_jax.training.trained import TrainedModel
 from tests.evaluation import models
 
 pytest.importorskip('lm_eval', reason="lm_eval is not installed: pip install 'rla_jax[eval]'")
@@ -18,6 +21,8 @@ CHANCE = {
   'arc_easy': 1 / 4, 'piqa': 1 / 2, 'mmlu': 1 / 4, 'hellaswag': 1 / 4, 'winogrande': 1 / 2,
   'openbookqa': 1 / 4, 'social_iqa': 1 / 3, 'commonsense_qa': 1 / 5,
 }  # fmt: skip
+
+TRAINED = TrainedModel(get_config(), None, None, models.TOKENIZER, step=0)
 
 
 class Request:
@@ -67,18 +72,16 @@ def test_generation_stops_and_refuses_sampling():
     lm.generate_until([Request('ab', greedy | {'do_sample': True})])
 
 
-def test_random_weights_score_at_chance_whatever_the_batch_size(data_dir):
+def test_random_weights_score_at_chance_whatever_the_batch_size(data_dir, tmp_path):
   from rla_jax.evaluation import harness
-
-  class Trained:
-    tokenizer = models.TOKENIZER
 
   model, params, _ = models.bigram()
   settings = Settings(data_dir=str(data_dir), limit=100)
   found = []
   for batch_tokens in (2048, 8192):
     scorer = Scorer(model, params, chunk=512, batch_tokens=batch_tokens)
-    results, skipped = harness.evaluate(Trained, scorer, 'commonsense', list(CHANCE), settings)
+    run = Run(TRAINED, scorer, settings, tmp_path)
+    results, skipped = harness.evaluate(run, 'commonsense', list(CHANCE))
     assert not skipped
     assert len(scorer.shapes) < 12
     found.append({(r.task, r.metric): r.value for r in results})
@@ -89,17 +92,13 @@ def test_random_weights_score_at_chance_whatever_the_batch_size(data_dir):
   assert np.mean([found[0][t, 'acc'] - c for t, c in CHANCE.items()]) == pytest.approx(0, abs=0.08)
 
 
-def test_recall_tasks_run(data_dir):
+def test_recall_tasks_run(data_dir, tmp_path):
   from rla_jax.evaluation import harness
-
-  class Trained:
-    tokenizer = models.TOKENIZER
 
   lm, _ = bigram_lm()
   settings = Settings(data_dir=str(data_dir), limit=2, batch_size=2)
-  results, skipped = harness.evaluate(
-    Trained, lm.scorer, 'recall', ['squad', 'nq', 'drop', 'triviaqa', 'fda'], settings
-  )
+  run = Run(TRAINED, lm.scorer, settings, tmp_path)
+  results, skipped = harness.evaluate(run, 'recall', ['squad', 'nq', 'drop', 'triviaqa', 'fda'])
   assert set(skipped) == {'fda'}
   assert [(r.task, r.metric, r.samples) for r in results] == [
     (task, 'contains', 2) for task in ('squad', 'nq', 'drop', 'triviaqa')

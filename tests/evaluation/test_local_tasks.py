@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import pytest
 
@@ -56,3 +57,12 @@ def test_wrong_columns_are_one_line(tmp_path):
   (tmp_path / 'piqa.jsonl').write_text('{"goal": "x", "sol1": "a"}\n')
   with pytest.raises(DataError, match=r"piqa.jsonl:1 has no column 'sol2'; its columns: goal, sol"):
     local_tasks.write(tmp_path, tmp_path, ['piqa'])
+
+
+def test_the_page_lists_the_names_and_columns_of_every_set():
+  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'evaluation.md').read_text()
+  rows = [row.split('|') for row in page.splitlines() if row.startswith('| `')]
+  for name, task in local_tasks.TASKS.items():
+    (row,) = (r for r in rows if f'`{name}`' in r[1] and len(r) == 5 and r[3].count('`') > 2)
+    assert all(f'`{column}`' in row[3] for column in task.columns), name
+    assert all(f'`{file}`' in row[2] or file == name for file in task.files), name

@@ -8,7 +8,7 @@ import pytest
 
 from rla_jax import data
 from rla_jax.data import DataConfig, DataError
-from rla_jax.data.synthetic import corpus as corpora
+from rla_jax.data.synthetic import tasks
 from rla_jax.data.synthetic.needle import DEPTHS, NEEDLES, NOISE, Haystacks, manual
 from rla_jax.evaluation import needle
 from rla_jax.evaluation.run import Run, Settings, Skipped
@@ -90,8 +90,8 @@ def test_wrong_tasks_and_lengths_are_one_line():
 
 
 def test_examples_to_train_on(monkeypatch):
-  monkeypatch.setattr(corpora, 'NEEDLE_TRAIN', 3)
-  monkeypatch.setattr(corpora, 'NEEDLE_TEST', 2)
+  monkeypatch.setattr(tasks, 'NEEDLE_TRAIN', 3)
+  monkeypatch.setattr(tasks, 'NEEDLE_TEST', 2)
   config = DataConfig(path='needle_s1', format='synthetic', seq_len=700, batch_size=2)
   corpus = data.load(config)
   assert data.tokenizer_of(config).name == 'byte'
@@ -153,7 +153,7 @@ def test_a_model_of_ids_is_skipped(tmp_path):
   run = run_of(tmp_path)
   run.trained.config.data.format = 'synthetic'
   run.trained.config.data.path = 'parity'
-  run.trained = TrainedModel(run.trained.config, None, None, corpora.IdTokenizer(2), 1)
+  run.trained = TrainedModel(run.trained.config, None, None, tasks.IdTokenizer(2), 1)
   with pytest.raises(Skipped, match='trained on ids, not on text'):
     needle.evaluate(run, 'needle_s1')
 

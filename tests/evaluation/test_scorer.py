@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from flax.core import freeze
 
 from rla_jax.evaluation.scorer import Scorer
 from tests.evaluation import models
@@ -28,7 +29,7 @@ def test_matches_the_probabilities_of_a_bigram_model():
 @pytest.mark.parametrize('pattern', [('rdn',), ('attention',), ('rla', 'sliding_window_attention')])
 def test_whole_chunked_and_token_by_token_agree(pattern):
   options = {'sliding_window_attention': {'window': 8}} if len(pattern) > 1 else {}
-  model, params = models.small(pattern, layer_options=options)
+  model, params = models.small(pattern, layer_options=freeze(options))
   texts = sequences([100, 37, 64])
   whole = Scorer(model, params, chunk=100, batch_tokens=300).score(texts)
   for chunk in (32, 1):

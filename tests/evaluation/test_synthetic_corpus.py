@@ -3,7 +3,7 @@ import pytest
 
 from rla_jax import data
 from rla_jax.data import DataConfig, DataError, synthetic
-from rla_jax.data.synthetic import corpus as corpora
+from rla_jax.data.synthetic import tasks
 from rla_jax.data.synthetic.examples import Examples
 
 
@@ -15,9 +15,9 @@ def config(monkeypatch):
     return [synthetic.multi_query_recall(seed, *size, reassigned=reassigned) for size in sizes]
 
   monkeypatch.setattr(
-    corpora, 'based_train', lambda s, r: sets(s, r, [(16, 2, 10), (32, 4, 5), (64, 4, 5)])
+    tasks, 'based_train', lambda s, r: sets(s, r, [(16, 2, 10), (32, 4, 5), (64, 4, 5)])
   )
-  monkeypatch.setattr(corpora, 'based_test', lambda s, r: sets(s + 1, r, [(16, 2, 5), (64, 8, 3)]))
+  monkeypatch.setattr(tasks, 'based_test', lambda s, r: sets(s + 1, r, [(16, 2, 5), (64, 8, 3)]))
   return DataConfig(path='mqar', format='synthetic', seq_len=32, batch_size=4)
 
 
@@ -87,8 +87,8 @@ def test_fingerprints_tell_tasks_and_seeds_apart(config):
   ('task', 'vocabulary'), [('parity', 2), ('modular_arithmetic', 15), ('permutations', 120)]
 )
 def test_state_tracking_tests_at_longer_lengths(monkeypatch, task, vocabulary):
-  monkeypatch.setattr(corpora, 'STATE_TRACKING_TRAIN', 6)
-  monkeypatch.setattr(corpora, 'STATE_TRACKING_TEST', 3)
+  monkeypatch.setattr(tasks, 'STATE_TRACKING_TRAIN', 6)
+  monkeypatch.setattr(tasks, 'STATE_TRACKING_TEST', 3)
   config = DataConfig(path=task, format='synthetic', seq_len=8, batch_size=2)
   corpus = data.load(config)
   assert data.tokenizer_of(config).vocab_size == corpus.tokenizer.vocab_size == vocabulary

@@ -1,13 +1,16 @@
 """Suites for checkpoints of synthetic tasks: what is counted, and who is skipped."""
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
 
-from rla_jax.data.synthetic import corpus as corpora
-from rla_jax.data.synthetic import multi_query_recall, parity
+from rla_jax.data import DataError
+from rla_jax.data.synthetic import multi_query_recall, tasks
 from rla_jax.evaluation import run_suites, suites, synthetic, throughput
+from rla_jax.evaluation.results import read_rows
 from rla_jax.evaluation.run import Settings
 from rla_jax.models import ModelConfig
 from rla_jax.training import get_config
@@ -21,7 +24,7 @@ def trained_on(monkeypatch, task, vocabulary, **settings):
   config.data.format, config.data.path, config.data.seq_len = 'synthetic', task, 16
   config.update_from_flattened_dict(settings)
   model, params = models.small(vocab_size=vocabulary)
-  trained = TrainedModel(config, model, params, corpora.IdTokenizer(vocabulary), step=5)
+  trained = TrainedModel(config, model, params, tasks.IdTokenizer(vocabulary), step=5)
   monkeypatch.setattr(suites, 'load', lambda workdir, mesh: trained)
   return trained
 
@@ -37,8 +40,8 @@ def test_accuracy_counts_targets_only_whatever_the_batch(monkeypatch):
 
 
 def test_state_tracking_by_length_and_position(monkeypatch, tmp_path):
-  monkeypatch.setattr(corpora, 'STATE_TRACKING_TRAIN', 4)
-  monkeypatch.setattr(corpora, 'STATE_TRACKING_TEST', 40)
+  monkeypatch.setattr(tasks, 'STATE_TRACKING_TRAIN', 4)
+  monkeypatch.setattr(tasks, 'STATE_TRACKING_TEST', 40)
   trained_on(monkeypatch, 'parity', 2)
 
   def always_right(model, params, examples, batch_tokens):
@@ -59,8 +62,8 @@ def test_state_tracking_by_length_and_position(monkeypatch, tmp_path):
 
 def test_mean_over_recall_sets_stands_beside_the_published_one(monkeypatch, tmp_path):
   sets = [multi_query_recall(s, 16, pairs, 5, vocab_size=32) for s, pairs in ((0, 1), (1, 4))]
-  monkeypatch.setattr(corpora, 'based_train', lambda s, r: sets)
-  monkeypatch.setattr(corpora, 'based_test', lambda s, r: sets)
+  monkeypatch.setattr(tasks, 'based_train', lambda s, r: sets)
+  monkeypatch.setattr(tasks, 'based_test', lambda s, r: sets)
   trained_on(monkeypatch, 'mqar', 32)
   monkeypatch.setattr(
     synthetic, 'correct', lambda m, p, e, b: np.full(e.tokens.shape, e.name == 'L16 N4')
@@ -71,11 +74,6 @@ def test_mean_over_recall_sets_stands_beside_the_published_one(monkeypatch, tmp_
   assert json.loads((tmp_path / 'results.json').read_text())['step'] == 5
 
 
-def test_parity_by_hand():
-  examples = parity(0, 9, 4)
-  assert (np.bitwise_xor.accumulate(examples.tokens, axis=1) == examples.targets).all()
-
-
 def test_throughput_of_a_mixer(monkeypatch, tmp_path):
   trained_on(monkeypatch, 'parity', 32, **{'optimizer.warmup_steps': 0})
   monkeypatch.setattr(throughput, 'REPETITIONS', 1)
@@ -83,12 +81,37 @@ def test_throughput_of_a_mixer(monkeypatch, tmp_path):
   settings = Settings(lengths=(8,), mixers=('attention',), batch_tokens=16, chunk=8)
   found, _ = run_suites('w', ['throughput'], tmp_path, settings)
   assert len(found) == 3 and all(r.value > 0 for r in found)
-  rows = (tmp_path / 'throughput.csv').read_text().splitlines()
-  assert [row.split(',')[:4] for row in rows[1:]] == [
-    [kind, 'attention', '8', '2'] for kind in ('train', 'prefill', 'decode')
+  rows = read_rows(tmp_path / 'throughput.csv')
+  assert [(r['kind'], r['mixer'], r['length'], r['sequences']) for r in rows] == [
+    (kind, 'attention', 8, 2) for kind in ('train', 'prefill', 'decode')
   ]
-  assert all(int(row.split(',')[6]) > 0 for row in rows[1:])
+  assert all(r['memory_bytes'] > 0 for r in rows)
   assert (tmp_path / 'throughput_train.png').stat().st_size > 1000
+
+
+def test_throughput_measures_what_is_missing_until_the_budget_is_spent(monkeypatch, tmp_path):
+  model = ModelConfig(vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8)
+  asked = []
+
+  def attempt(function, count, length):
+    asked.append((count, length))
+    return None if length == 32 else throughput.Timing(0.5, 16, 100)
+
+  monkeypatch.setattr(throughput, '_attempt', attempt)
+  measure = functools.partial(
+    throughput.measure, model, get_config(), tmp_path, batch_tokens=32, kinds=['prefill']
+  )
+  rows = measure(lengths=[8, 32])
+  assert asked == [(4, 8), (1, 32)]
+  assert [r['tokens_per_second'] for r in rows] == [32.0, None]
+  known = read_rows(tmp_path / 'throughput.csv')
+  assert known == rows
+  assert len(measure(lengths=[8, 16, 32], known=known)) == 3
+  assert asked[2:] == [(2, 16)]
+  assert len(measure(lengths=[8, 64], known=known, mixers=['gdn'], budget=-1.0)) == 2
+  assert len(asked) == 3
+  with pytest.raises(DataError, match="kind 'decod'; expected some of train, prefill, decode"):
+    measure(kinds=['decod'])
 
 
 def test_throughput_names_what_does_not_fit():
@@ -110,3 +133,14 @@ def test_another_mixer_in_the_same_model():
   assert throughput.with_mixer(config, 'rdn') == config
   with pytest.raises(ValueError, match="no 'rdm'; did you mean 'rdn'"):
     throughput.with_mixer(config, 'rdm')
+
+
+def test_softmax_layers_are_fused_where_the_device_can(monkeypatch):
+  config = ModelConfig(vocab_size=9, num_layers=2, pattern=('rdn', 'attention'))
+  assert throughput.with_fused_attention(config) == config
+  monkeypatch.setattr('jax.default_backend', lambda: 'gpu')
+  fused = throughput.with_fused_attention(config)
+  assert fused.attributes_of('attention')['implementation'] == 'cudnn'
+  assert fused.attributes_of('rdn')['implementation'] is None
+  wide = dataclasses.replace(config, dtype='float32')  # the kernel takes half types only
+  assert throughput.with_fused_attention(wide) == wide

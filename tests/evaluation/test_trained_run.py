@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rla_jax.data import DataError
-from rla_jax.data.synthetic import corpus as corpora
+from rla_jax.data.synthetic import tasks
 from rla_jax.evaluation import Settings, run_suites
 from rla_jax.training import (
   CheckpointError,
@@ -23,8 +23,8 @@ SETTINGS = Settings(chunk=models.CHUNK, batch_tokens=models.BATCH_TOKENS)
 def parity(tmp_path_factory):
   """A run of two steps on parity; its examples stay small for the whole module."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(corpora, 'STATE_TRACKING_TRAIN', 16)
-    patch.setattr(corpora, 'STATE_TRACKING_TEST', 8)
+    patch.setattr(tasks, 'STATE_TRACKING_TRAIN', 16)
+    patch.setattr(tasks, 'STATE_TRACKING_TEST', 8)
     config = get_config()
     config.update_from_flattened_dict({
       'steps': 2, 'optimizer.warmup_steps': 0, 'model.pattern': ('sgla',), 'model.num_layers': 1,

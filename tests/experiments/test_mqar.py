@@ -8,16 +8,22 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from rla_jax import sharding
 from rla_jax.data import synthetic
-from rla_jax.data.synthetic import corpus as corpora
-from rla_jax.training import train_and_evaluate
+from rla_jax.data.synthetic import tasks
+from rla_jax.training.trained import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'experiments'))
 
-import mqar_sweep  # noqa: E402
-from mqar_ensemble import Ensemble, Member  # noqa: E402
+from mqar import table  # noqa: E402
+from mqar.alone import train_alone  # noqa: E402
+from mqar.ensemble import Ensemble, Member  # noqa: E402
+
+from rla_jax.evaluation.results import read_rows, write_rows  # noqa: E402
 
 RATE = 0.01
 
@@ -29,11 +35,11 @@ def config(monkeypatch):
   def sets(seed, reassigned, sizes):
     return [synthetic.multi_query_recall(seed, *size, vocab_size=32) for size in sizes]
 
-  monkeypatch.setattr(corpora, 'based_train', lambda s, r: sets(s, r, [(8, 1, 11), (16, 3, 8)]))
-  monkeypatch.setattr(corpora, 'based_test', lambda s, r: sets(s + 1, r, [(8, 2, 5), (16, 3, 3)]))
+  monkeypatch.setattr(tasks, 'based_train', lambda s, r: sets(s, r, [(8, 1, 11), (16, 3, 8)]))
+  monkeypatch.setattr(tasks, 'based_test', lambda s, r: sets(s + 1, r, [(8, 2, 5), (16, 3, 3)]))
   monkeypatch.setitem(
-    corpora.TASKS, 'mqar', corpora._Task(
-      32, lambda c: corpora.based_train(c.seed, 0), lambda c: corpora.based_test(c.seed, 0),
+    tasks.TASKS, 'mqar', tasks.Task(
+      32, lambda c: tasks.based_train(c.seed, 0), lambda c: tasks.based_test(c.seed, 0),
       shuffled=False,
     ),
   )  # fmt: skip
@@ -41,8 +47,8 @@ def config(monkeypatch):
   c.update_from_flattened_dict({
     'steps': 6, 'data.seq_len': 16, 'data.batch_size': 8, 'model.implementation': 'reference',
     'model.pattern': ('base_conv',), 'model.num_layers': 1,
-    'optimizer.learning_rate': RATE, 'seed': 3, 'mesh.data': 1, 'mesh.fsdp': -1,
-    'eval_every': 6, 'checkpoint_every': 6,
+    'mesh.data': 1, 'mesh.fsdp': -1,
+    'eval_every': 6, 'checkpoint_every': 6, 'log_every': 1,
   })  # fmt: skip
   with c.unlocked():
     c.model.layer_options = {}
@@ -52,15 +58,16 @@ def config(monkeypatch):
 def test_a_member_is_the_run_of_its_config(config, tmp_path):
   ensemble = Ensemble(config, [Member(0.1, 0), Member(RATE, 3)], tmp_path / 'ensemble')
   ensemble.run(evaluate_every=1, report=lambda line: None)
-  outcome = train_and_evaluate(config, tmp_path / 'run')
-  for path, want in jax.tree_util.tree_leaves_with_path(outcome.state.params):
+  alone = train_alone(config, Member(RATE, 3), tmp_path / 'run')
+  params = load(tmp_path / 'run', sharding.make_mesh()).params
+  for path, want in jax.tree_util.tree_leaves_with_path(params):
     member = ensemble._state.params
     for key in path:
       member = member[key.key]
     np.testing.assert_allclose(member[1], want, rtol=2e-4, atol=2e-5, err_msg=str(path))
     assert np.abs(member[0] - np.asarray(want)).max() > 1e-3 or want.size < 3
   assert [row['epoch'] for row in ensemble.curve] == [1, 1, 2, 2]
-  assert all(0 <= row['accuracy'] <= 1 for row in ensemble.curve)
+  assert ensemble.curve[-1] == pytest.approx(alone, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -79,6 +86,30 @@ def test_an_ensemble_goes_on_where_it_was_left(config, tmp_path):
     Ensemble(config, members[:1], tmp_path / 'parts')
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('together', [True, False])
+def test_the_command_trains_once_and_writes_its_table(config, tmp_path, capsys, together):
+  import mqar_sweep
+
+  arguments = [
+    'mqar_sweep', f'--workdir={tmp_path}', '--mixers=delta_net', '--widths=32', '--rates=0.01',
+    '--seeds=0,1', f'--together={together}', '--set=steps=6', '--set=data.seq_len=16',
+    '--set=data.batch_size=8', '--set=model.implementation=reference', '--set=mesh.data=1',
+    '--set=mesh.fsdp=-1', '--evaluate_every=1',
+  ]  # fmt: skip
+  with flagsaver.flagsaver():
+    flags.FLAGS(arguments)
+    mqar_sweep.main(None)
+    first = capsys.readouterr().out
+    mqar_sweep.main(None)
+  assert 'finished before' not in first and '| mqar | delta_net | 32 | 2,048 |' in first
+  assert 'finished before' in capsys.readouterr().out
+  (folder,) = tmp_path.glob('delta_net_d32_*')
+  rows = read_rows(folder / 'curve.csv')
+  assert [(r['epoch'], r['seed']) for r in rows[-2:]] == [(2, 0), (2, 1)]
+  assert not (folder / 'state.npz').exists()
+
+
 def test_the_table_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
   rows = [
     {'task': 'mqar', 'mixer': 'gdn', 'width': 64, 'state_bytes': 16384, 'epoch': epoch,
@@ -89,19 +120,19 @@ def test_the_table_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
     for epoch in (16, 32)
   ]  # fmt: skip
   (tmp_path / 'a').mkdir()
-  mqar_sweep.write_csv(tmp_path / 'a' / 'curve.csv', rows)
-  found = mqar_sweep.collect(tmp_path)
+  write_rows(tmp_path / 'a' / 'curve.csv', rows)
+  found = table.collect(tmp_path)
   assert len(found) == 4 and {row['epoch'] for row in found} == {32}
-  (record,) = mqar_sweep.best(found)
+  (record,) = table.best(found)
   assert (record['learning_rate'], record['seeds'], record['published']) == (0.001, 2, 0.890)
-  assert record['accuracy'] == pytest.approx(0.6) and record['std'] == pytest.approx(0.1)
-  line = '| mqar | gdn | 64 | 16,384 | 0.600 ± 0.100 | 0.890 | 0.001 | 2 | 32 |'
-  assert line in mqar_sweep.table(found)
-  assert 'epochs | L64 N16 | L128 N8 |' in mqar_sweep.table(found)
-  assert 'Measured 2026-01-02, 1 TPU, jax 0.1.' in mqar_sweep.table(found)
-  (record,) = mqar_sweep.best([row | {'task': 'mqar_reassigned'} for row in found])
+  assert record['accuracy'] == pytest.approx(0.6) and record['std'] == pytest.approx(0.02**0.5)
+  line = '| mqar | gdn | 64 | 16,384 | 0.600 ± 0.141 | 0.890 | 0.001 | 2 | 32 |'
+  assert line in table.table(found)
+  assert 'epochs | L64 N16 | L128 N8 |' in table.table(found)
+  assert 'Measured 2026-01-02, 1 TPU, jax 0.1.' in table.table(found)
+  (record,) = table.best([row | {'task': 'mqar_reassigned'} for row in found])
   assert record['published'] is None
-  mqar_sweep.figure(tmp_path / 'results.png', found)
+  table.figure(tmp_path / 'results.png', found)
   assert (tmp_path / 'results.png').stat().st_size > 1000
   with (tmp_path / 'a' / 'curve.csv').open() as file:
     assert len(list(csv.DictReader(file))) == 8

@@ -14,7 +14,7 @@ shuffle them.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -23,34 +23,11 @@ from rla_jax.data.batches import shuffled_rows
 from rla_jax.data.config import DataConfig
 from rla_jax.data.packing import Batch
 from rla_jax.data.sources import DataError
-from rla_jax.data.synthetic import state_tracking
+from rla_jax.data.synthetic import tasks
 from rla_jax.data.synthetic.examples import Examples
-from rla_jax.data.synthetic.mqar import based_test, based_train
-from rla_jax.data.synthetic.needle import NEEDLES, manual, needle_examples
-from rla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rla_jax.data.tokenizer import Tokenizer
 
-REASSIGNED = 0.25
-STATE_TRACKING_TRAIN, STATE_TRACKING_TEST = 100_000, 1000  # examples
-NEEDLE_TRAIN, NEEDLE_TEST = 20_000, 200  # examples
 VERSION = 2
-
-
-class IdTokenizer(Tokenizer):
-  """Ids written as numbers with spaces between them; there is no text behind a synthetic task."""
-
-  name = 'ids'
-  bos_id = eos_id = 0
-
-  def __init__(self, vocab_size: int):
-    """For ids below vocab_size."""
-    self.vocab_size = vocab_size
-    self.fingerprint = hashlib.sha256(f'ids below {vocab_size}'.encode()).hexdigest()
-
-  def encode_batch(self, texts):
-    return [np.array(text.split(), np.int32) for text in texts]
-
-  def decode(self, ids):
-    return ' '.join(str(int(i)) for i in ids)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,13 +70,14 @@ class SyntheticCorpus:
     Raises:
       DataError: an unknown task, or one without examples of at most seq_len tokens.
     """
-    task = _task(config)
+    task = tasks.find(config)
     train = tuple(s for s in task.train(config) if s.tokens.shape[1] <= config.seq_len)
     test = tuple(s for s in task.test(config) if s.tokens.shape[1] <= 4 * config.seq_len)
     if not train:
       raise DataError(f'task {config.path!r} has no examples of at most {config.seq_len} tokens')
-    tokenizer = vocabulary(config)
-    return cls(ExampleSets(train), ExampleSets(test), tokenizer, task.shuffled)
+    return cls(
+      ExampleSets(train), ExampleSets(test), tasks.vocabulary(config), task.shuffled
+    )
 
   def fingerprint(self, config: DataConfig) -> dict[str, str | int]:
     """Everything that decides the batches, as `rla_jax.data.fingerprint` has it for text."""
@@ -194,76 +172,6 @@ class SyntheticEvaluation:
     for piece in self._pieces:
       length = self._sets[piece[0]].tokens.shape[1]
       yield _batch(self._sets, piece, self._batch_size, length, self._rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-  vocab_size: int | None  # None: of the config's tokenizer
-  train: Callable[[DataConfig], list[Examples]]
-  test: Callable[[DataConfig], list[Examples]]
-  shuffled: bool = True
-
-
-def _recall(reassigned: float) -> _Task:
-  return _Task(
-    8192, lambda c: based_train(c.seed, reassigned), lambda c: based_test(c.seed, reassigned),
-    shuffled=False,
-  )  # fmt: skip
-
-
-def _tracking(vocab_size: int, draw) -> _Task:
-  def seeds(config):
-    return np.random.SeedSequence(config.seed).spawn(4)
-
-  def train(config):
-    return [draw(seeds(config)[0], config.seq_len, STATE_TRACKING_TRAIN)]
-
-  def test(config):
-    sizes = (config.seq_len * factor for factor in (1, 2, 4))
-    pairs = zip(seeds(config)[1:], sizes, strict=True)
-    return [draw(seed, length, STATE_TRACKING_TEST) for seed, length in pairs]
-
-  return _Task(vocab_size, train, test)
-
-
-def _needle(name: str) -> _Task:
-  def draw(config, seed, length, count):
-    essay = manual() if NEEDLES[name].haystack == 'essay' else ''
-    return needle_examples(seed, name, length, count, load_tokenizer(config.tokenizer), essay)
-
-  def train(config):
-    return [draw(config, (config.seed, 0), config.seq_len, NEEDLE_TRAIN)]
-
-  def test(config):
-    return [draw(config, (config.seed, 1), config.seq_len * n, NEEDLE_TEST) for n in (1, 2)]
-
-  return _Task(None, train, test)
-
-
-TASKS = {
-  'mqar': _recall(0.0),
-  'mqar_reassigned': _recall(REASSIGNED),
-  'parity': _tracking(2, state_tracking.parity),
-  'modular_arithmetic': _tracking(15, state_tracking.modular_arithmetic),
-  'permutations': _tracking(120, state_tracking.permutations),
-  **{name: _needle(name) for name in NEEDLES},
-}
-
-
-def vocabulary(config: DataConfig) -> Tokenizer:
-  """The tokenizer of a task, without drawing its examples.
-
-  Raises:
-    DataError: an unknown task.
-  """
-  size = _task(config).vocab_size
-  return load_tokenizer(config.tokenizer) if size is None else IdTokenizer(size)
-
-
-def _task(config: DataConfig) -> _Task:
-  if config.path not in TASKS:
-    raise DataError(f'unknown synthetic task {config.path!r} (path); tasks: {", ".join(TASKS)}')
-  return TASKS[config.path]
 
 
 def _pieces(sets, batch_size) -> list[tuple[int, int]]:

@@ -29,11 +29,6 @@ class Examples:
     return len(self.tokens)
 
 
-def accuracy(examples: Examples, predictions: Int[np.ndarray, 'N T']) -> float:
-  """Share of the positions with a target where the prediction is that target."""
-  return float((predictions == examples.targets)[examples.counts].mean())
-
-
 def distinct(
   rng: np.random.Generator, rows: int, size: int, among: int
 ) -> Int[np.ndarray, 'rows size']:

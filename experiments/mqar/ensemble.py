@@ -28,16 +28,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from mqar.arrays import evaluation_arrays, shapes_of, training_arrays
 from rla_jax.data import DataConfig
-from rla_jax.data.synthetic import Examples
 from rla_jax.data.synthetic.corpus import SyntheticCorpus
 from rla_jax.models import LanguageModel
 from rla_jax.training.config import check, leaves, model_config
 from rla_jax.training.optimizer import make_optimizer
 from rla_jax.training.state import initializer
 from rla_jax.training.step import train_step
-
-_LOGITS = 2**29  # numbers that the logits of an evaluation may have together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,10 @@ class Ensemble:
       over_devices(functools.partial(_correct, self._model), in_specs=(mine, everybody))
     )
     self._train_sets, self._test_sets = jax.device_put(
-      (_training_arrays(corpus.train.sets, config.data.batch_size), self._test_arrays(corpus)),
+      (
+        training_arrays(corpus.train.sets, config.data.batch_size),
+        evaluation_arrays(corpus.validation.sets, len(self.members)),
+      ),
       NamedSharding(mesh, everybody),
     )
     self._rates, self._seeds = jax.device_put((self._rates, self._seeds), self._place)
@@ -172,9 +173,9 @@ class Ensemble:
     """The programs by the shapes of a set, compiled side by side."""
     jobs = {}
     for arrays in self._train_sets:
-      jobs[_shapes(arrays)] = (self._train, (self._state, self._rates, self._seeds, arrays))
+      jobs[shapes_of(arrays)] = (self._train, (self._state, self._rates, self._seeds, arrays))
     for batches in self._test_sets.values():
-      jobs[_shapes(batches[0])] = (self._score, (self._state.params, batches[0]))
+      jobs[shapes_of(batches[0])] = (self._score, (self._state.params, batches[0]))
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
       futures = {
         shapes: pool.submit(lambda f=function, a=arguments: f.lower(*a).compile())
@@ -182,26 +183,11 @@ class Ensemble:
       }
       return {shapes: future.result() for shapes, future in futures.items()}
 
-  def _test_arrays(self, corpus: SyntheticCorpus) -> dict[str, list[dict]]:
-    """The batches of every test set, by its name."""
-    found, sets = {}, corpus.validation.sets
-    most = _most_targets(sets)
-    for examples in sets:
-      parts = _compact(examples, most[examples.tokens.shape[1]])
-      numbers = len(self.members) * parts['mask'].shape[1] * examples.vocab_size
-      size = max(1, min(len(examples), _LOGITS // numbers))
-      batches = [
-        {name: _fill(x[start : start + size], size) for name, x in parts.items()}
-        for start in range(0, len(examples), size)
-      ]
-      found[examples.name] = batches
-    return found
-
   def _train_epoch(self) -> np.ndarray:
     """Mean loss of each member's steps; NaN where one was skipped."""
     sums = 0.0
     for arrays in self._train_sets:
-      program = self._compiled[_shapes(arrays)]
+      program = self._compiled[shapes_of(arrays)]
       self._state, losses = program(self._state, self._rates, self._seeds, arrays)
       sums += losses
     return np.asarray(sums) / sum(len(s['mask']) for s in self._train_sets)
@@ -209,7 +195,7 @@ class Ensemble:
   def _evaluate(self, losses: np.ndarray) -> None:
     found = {}
     for name, batches in self._test_sets.items():
-      program = self._compiled[_shapes(batches[0])]
+      program = self._compiled[shapes_of(batches[0])]
       right = sum(program(self._state.params, batch) for batch in batches)
       found[name] = np.asarray(right) / sum(batch['mask'].sum() for batch in batches)
     for i, member in enumerate(self.members):
@@ -280,41 +266,3 @@ def _correct(model, params, batch):
 @functools.lru_cache(maxsize=1)
 def _corpus(config: DataConfig) -> SyntheticCorpus:
   return SyntheticCorpus.load(config)
-
-
-def _training_arrays(sets: Sequence[Examples], batch_size: int) -> list[dict[str, np.ndarray]]:
-  """The batches of every set, stacked; sets of one length have one shape, so one compilation."""
-  most, found = _most_targets(sets), []
-  for examples in sets:
-    count = -(-len(examples) // batch_size)
-    found.append({
-      name: _fill(x, count * batch_size).reshape(count, batch_size, -1)
-      for name, x in _compact(examples, most[examples.tokens.shape[1]]).items()
-    })
-  return found
-
-
-def _most_targets(sets: Sequence[Examples]) -> dict[int, int]:
-  """By length, the most targets of an example."""
-  most: dict[int, int] = {}
-  for examples in sets:
-    length = examples.tokens.shape[1]
-    most[length] = max(most.get(length, 0), int(examples.counts.sum(axis=1).max()))
-  return most
-
-
-def _compact(examples: Examples, size: int) -> dict[str, np.ndarray]:
-  """tokens [N, T]; positions, targets and mask [N, size] of the positions that have a target."""
-  positions = np.argsort(~examples.counts, axis=1, kind='stable')[:, :size].astype(np.int32)
-  mask = np.take_along_axis(examples.counts, positions, axis=1).astype(np.float32)
-  targets = np.take_along_axis(examples.targets, positions, axis=1)
-  return {'tokens': examples.tokens, 'positions': positions, 'targets': targets, 'mask': mask}
-
-
-def _shapes(arrays: dict) -> tuple:
-  return tuple(x.shape for x in arrays.values())
-
-
-def _fill(x: np.ndarray, rows: int) -> np.ndarray:
-  """Rows of zeros behind the rows of x."""
-  return np.pad(x, ((0, rows - len(x)), (0, 0)))

@@ -1,0 +1,1 @@
+"""Parts of `experiments/mqar_sweep.py`: runs that train together, their arrays, the table."""

@@ -1,0 +1,99 @@
+"""What a sweep found: the best learning rate of each mixer and width, as table and figure."""
+
+import pathlib
+import re
+
+import numpy as np
+
+from rla_jax.evaluation.figures import curves
+from rla_jax.evaluation.published import MQAR
+from rla_jax.evaluation.results import read_rows, write_rows
+
+
+def write(root: pathlib.Path, rows: list[dict]) -> str:
+  """Writes results.csv, results.md and results.png of a sweep; returns the table."""
+  write_rows(root / 'results.csv', rows)
+  text = table(rows)
+  (root / 'results.md').write_text(text)
+  figure(root / 'results.png', rows)
+  return text
+
+
+def collect(root: pathlib.Path) -> list[dict]:
+  """The last record of every finished run."""
+  found = []
+  for path in sorted(root.glob('*/curve.csv')):
+    rows = read_rows(path)
+    last = max(row['epoch'] for row in rows)
+    found += [row for row in rows if row['epoch'] == last]
+  return found
+
+
+def best(rows: list[dict]) -> list[dict]:
+  """One record a task, mixer and width: the learning rate with the best mean over seeds."""
+  groups: dict[tuple, dict[float, dict[int, dict]]] = {}
+  for row in rows:
+    rates = groups.setdefault((row['task'], row['width'], row['mixer']), {})
+    rates.setdefault(row['learning_rate'], {})[row['seed']] = row
+  found = []
+  for (task, width, mixer), rates in sorted(groups.items()):
+    means = {rate: np.mean([r['accuracy'] for r in runs.values()]) for rate, runs in rates.items()}
+    rate = max(means, key=means.get)
+    runs = list(rates[rate].values())
+    spread = np.std([r['accuracy'] for r in runs], ddof=1) if len(runs) > 1 else None
+    sets = test_sets(runs[0])
+    found.append({
+      'task': task, 'mixer': mixer, 'width': width, 'state_bytes': runs[0]['state_bytes'],
+      'accuracy': float(means[rate]), 'std': spread,
+      'seeds': len(runs), 'learning_rate': rate, 'epochs': runs[0]['epoch'],
+      'published': MQAR.get(mixer, {}).get(width) if task == 'mqar' else None,
+      **{name: float(np.mean([r[name] for r in runs])) for name in sets},
+    })  # fmt: skip
+  return found
+
+
+def test_sets(record: dict) -> list[str]:
+  """The columns of the test sets, 'L64 N4' and so on, in the order of length and pairs."""
+  found = [name for name in record if re.fullmatch(r'L\d+ N\d+', name)]
+  return sorted(found, key=lambda name: [int(n) for n in re.findall(r'\d+', name)])
+
+
+def table(rows: list[dict]) -> str:
+  """Markdown: one line a task, mixer and width."""
+  records = best(rows)
+  sets = test_sets(records[0])
+  head = ['task', 'mixer', 'd', 'state bytes', 'accuracy', 'published', 'rate', 'seeds', 'epochs']
+  head += sets
+  lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+  for r in records:
+    spread = '' if r['std'] is None else f' ± {r["std"]:.3f}'
+    published = '' if r['published'] is None else f'{r["published"]:.3f}'
+    cells = [
+      r['task'], r['mixer'], r['width'], f'{r["state_bytes"]:,}',
+      f'{r["accuracy"]:.3f}{spread}', published,
+      f'{r["learning_rate"]:.2g}', r['seeds'], r['epochs'], *(f'{r[name]:.3f}' for name in sets),
+    ]  # fmt: skip
+    lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
+  lines += ['', 'Accuracy: mean over the test sets (L length, N pairs), best learning rate,']
+  lines += ['mean ± standard deviation over seeds. Published: read off a figure, ± 0.003.']
+  where = sorted({f'{r["date"]}, {r["device"]}, jax {r["jax"]}' for r in rows})
+  lines += ['', *(f'Measured {place}.' for place in where), '']
+  return '\n'.join(lines)
+
+
+def figure(path: pathlib.Path, rows: list[dict]) -> None:
+  """Accuracy against the size of the state; with several seeds, bars of a standard deviation."""
+  lines: dict[str, list[tuple]] = {}
+  for r in best(rows):
+    name = r['mixer'] if r['task'] == 'mqar' else f'{r["mixer"]}, {r["task"]}'
+    points = {name: (r['accuracy'], r['std']), f'{name}, published': (r['published'], None)}
+    for label, (accuracy, bar) in points.items():
+      if r['state_bytes'] and accuracy is not None:
+        lines.setdefault(label, []).append((r['state_bytes'], accuracy, bar))
+  if lines:
+    series = {name: list(zip(*points, strict=True)) for name, points in lines.items()}
+    curves(
+      path, {name: (x, y) for name, (x, y, _) in series.items()},
+      'recurrent state of a sequence (bytes)', 'accuracy',
+      bars={name: bar for name, (_, _, bar) in series.items() if None not in bar},
+    )  # fmt: skip
