@@ -3,8 +3,8 @@
 Reproduces: the paper's RLA, its residual model on the additive update.
 Command: python experiments/train.py --config=configs/rla_1p5b.py --workdir=runs/rla
   --config.data.path, validation_path and tokenizer say where your text is.
-Hardware: meant for 8 GPUs of 80 GB or more, or a TPU slice; --config.accumulate trades memory for
-  speed.
+Hardware: meant for 8 GPUs of 80 GB or more, or a TPU slice (docs/training.md has meshes for three);
+  --config.device_tokens trades memory for speed.
 Wall time: not yet run.
 Result: not yet run.
 """

@@ -8,27 +8,44 @@
 Prints memory, products, communication and a lower bound of the time of a step, each on one device.
 A layout that does not fit ends with exit status 1, and with the nearest one that does. TPU
 topologies need no TPU, only the package of `pip install rla-jax[tpu]`; nothing is run.
+
+Several layouts for several slices, and a CSV of them; layouts that do not fit are rows as well:
+
+  python experiments/compile.py --config=configs/rdn_1p5b.py --csv=layouts.csv \
+      --topology=v5e:16x16,v5p:4x4x4,v6e:16x16 --layout=fsdp=-1 --layout=data=4,fsdp=-1
 """
 
+import csv
+import datetime
+import importlib.metadata
+import itertools
 import os
+import pathlib
 
 from absl import flags
 
 from rla_jax.training.command_line import define_config, run
+from rla_jax.training.errors import ConfigError
 
 _CONFIG = define_config()
-_TOPOLOGY = flags.DEFINE_string(
-  'topology', None, 'TPU slice such as v5e:16x16, v5p:4x4x4, v6e:16x16; or attached: the devices '
+_TOPOLOGY = flags.DEFINE_list(
+  'topology', None, 'TPU slices such as v5e:16x16, v5p:4x4x4, v6e:16x16; or attached: the devices '
   'of this process.', required=True,
 )  # fmt: skip
 _VOCABULARY = flags.DEFINE_integer(
   'vocab_size', 32_000, 'Size of the vocabulary, unless the config says it.'
 )
+_LAYOUTS = flags.DEFINE_multi_string(
+  'layout', [], 'Instead of config.mesh: sizes by axis such as fsdp=-1,tensor=2; all others are 1. '
+  'May be repeated.',
+)  # fmt: skip
+_CSV = flags.DEFINE_string('csv', None, 'A file that gets a row for each layout on each slice.')
 
 
 def main(_):
   """Compiles as the flags say."""
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # Or libtpu asks a cloud for its metadata.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # No chip is opened, so none is locked.
   import jax
 
   from rla_jax.training import ahead_of_time, fit
@@ -39,21 +56,61 @@ def main(_):
   check(config)
   if config.model.vocab_size is None:
     config.model.vocab_size = _VOCABULARY.value
-  if _TOPOLOGY.value == 'attached':
-    devices = jax.devices()
-  else:
-    jax.config.update('jax_platforms', 'cpu')
-    devices = ahead_of_time.described_devices(_TOPOLOGY.value)
-  found = fit.measure(config, make_mesh(config, devices))
-  print(f'{len(devices)} x {devices[0].device_kind}')
-  print(found)
-  if found.fits:
-    return 0
-  other = fit.nearest(config, devices, found)
-  print('\nIt does not fit. The nearest layout that does:' if other else
-        '\nIt does not fit, and no layout near it does.')  # fmt: skip
-  print(other or '')
-  return 1
+  layouts = [sizes_of(text) for text in _LAYOUTS.value] or [dict(config.mesh)]
+  missing = 0
+  for topology, sizes in itertools.product(_TOPOLOGY.value, layouts):
+    if topology == 'attached':
+      devices = jax.devices()
+    else:
+      jax.config.update('jax_platforms', 'cpu')
+      devices = ahead_of_time.described_devices(topology)
+    config.mesh.update(sizes)
+    found = fit.measure(config, make_mesh(config, devices))
+    print(f'{topology}: {len(devices)} x {devices[0].device_kind}\n{found}', flush=True)
+    if _CSV.value is not None:
+      write(pathlib.Path(_CSV.value), topology, found.row)
+    elif not found.fits:
+      missing += 1
+      other = fit.nearest(config, devices, found)
+      print('\nIt does not fit. The nearest layout that does:' if other else
+            '\nIt does not fit, and no layout near it does.')  # fmt: skip
+      print(other or '')
+  return 1 if missing else 0
+
+
+def sizes_of(layout: str) -> dict[str, int]:
+  """Sizes of all axes of a layout written as fsdp=-1,tensor=2.
+
+  Raises:
+    ConfigError: it is not written so.
+  """
+  sizes = dict.fromkeys(('data', 'fsdp', 'seq', 'tensor'), 1)
+  try:
+    given = {axis: int(size) for axis, size in (part.split('=') for part in layout.split(','))}
+  except ValueError:
+    given = {layout: 1}
+  if not set(given) <= set(sizes):
+    raise ConfigError(f'--layout is {layout!r}; expected axis=size, of {list(sizes)}, with commas')
+  return sizes | given
+
+
+def write(path: pathlib.Path, topology: str, row: dict[str, object]) -> None:
+  """Puts a row into the file, in the place of one of the same config, slice and layout."""
+  versions = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu'))
+  row = {'config': flags.FLAGS['config'].config_filename, 'topology': topology} | {
+    name: f'{value:.4g}' if isinstance(value, float) else str(value) for name, value in row.items()
+  } | {'date': datetime.date.today().isoformat(), 'versions': versions}  # fmt: skip
+  rows = []
+  if path.exists():
+    with path.open(newline='') as file:
+      rows = list(csv.DictReader(file))
+  key = ('config', 'topology', 'data', 'fsdp', 'seq', 'tensor', 'accumulate')
+  rows = [other for other in rows if any(other[name] != row[name] for name in key)] + [row]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('w', newline='') as file:
+    writer = csv.DictWriter(file, list(row), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'seq', 'tensor')
@@ -61,11 +62,19 @@ def make_mesh(
   sizes = [len(devices) // known if size == -1 else size for size in sizes]
   if math.prod(sizes) != len(devices):
     raise ValueError(f'mesh is {asked}, which does not fill {len(devices)} devices')
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  try:
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+  except NotImplementedError:  # No axis of a TPU's torus, nor several, has the size of one of ours.
+    parts = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(parts, AXES, axis_types=types)
 
 
 def spec_of(
-  path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES
+  path: str,
+  shape: Sequence[int],
+  mesh: Mesh | AbstractMesh,
+  rules: Sequence[tuple[str, PartitionSpec]] = RULES,
 ) -> PartitionSpec:
   """How the array at a path is split.
 
@@ -108,10 +117,26 @@ def shardings(tree, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RUL
   """
 
   def sharding(path, x):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    return NamedSharding(mesh, spec_of(name, x.shape, mesh, rules))
+    return NamedSharding(mesh, spec_of(_name(path), x.shape, mesh, rules))
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def as_stored(tree):
+  """Parameters or their gradients, to lie as the table says; without a mesh, the tree itself.
+
+  A sum over devices of which each is to keep a part is then scattered, not copied to all.
+  """
+  mesh = in_force()
+  if mesh is None:
+    return tree
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.lax.with_sharding_constraint(x, spec_of(_name(path), x.shape, mesh)), tree
+  )
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -171,7 +196,7 @@ def table(tree, shardings) -> str:
     total += size
     shape = f'{x.dtype.name}[{",".join(map(str, x.shape))}]'
     axes = ', '.join('-' if axis is None else str(axis) for axis in sharding.spec)
-    rows.append((jax.tree_util.keystr(path, simple=True, separator='/'), shape, axes, f'{size:,}'))
+    rows.append((_name(path), shape, axes, f'{size:,}'))
   rows.append(('total', '', '', f'{total:,}'))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join(

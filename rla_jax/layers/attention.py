@@ -34,6 +34,7 @@ class AttentionSettings:
   param_dtype: Any = jnp.float32  # of the parameters
   kernel_init: Callable = DEFAULT_INIT  # of the projections
   implementation: Literal['xla', 'cudnn', None] = None  # of the products; None: JAX's choice
+  exchange_heads: bool = False  # on a split sequence: tokens for heads; False: gather keys, values
 
   def __post_init__(self):
     check_choices(self)
@@ -145,10 +146,16 @@ class Attention(AttentionSettings, nn.Module, kw_only=True):
   @nn.nowrap
   def _attend(self, q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
     division = divide(*q_BTHK.shape[:2])
-    if division is not None and division.seq is not None:
-      return division.attend(
-        q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, self.window, self.implementation
-      )
+    if division is None or division.seq is None:
+      return self._attend_whole(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
+    if self.exchange_heads:
+      return division.attend_by_heads(self._attend_whole, q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
+    return division.attend(
+      q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, self.window, self.implementation
+    )  # fmt: skip
+
+  @nn.nowrap
+  def _attend_whole(self, q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
     mask = None
     if segment_ids_BT is not None:
       documents_BT = count_segments(segment_ids_BT)

@@ -182,7 +182,8 @@ def _recur(s, heads, gates, segment_ids, state, axis_name=None):
     if s.update == 'additive':
       operator = ops.residual_linear_attention
     if axis_name is not None:
-      operator = functools.partial(ops.split_over_sequence, operator, axis_name=axis_name)
+      split = ops.split_over_heads if s.exchange_heads else ops.split_over_sequence
+      operator = functools.partial(split, operator, axis_name=axis_name)
     o_BTHV, state = operator(
       *arguments, initial_state=state, segment_ids=segment_ids, chunk_size=s.chunk_size,
       implementation=s.implementation, **options,

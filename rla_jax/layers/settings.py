@@ -63,6 +63,7 @@ class Settings:
   kernel_init: Callable = DEFAULT_INIT  # of the projections
   chunk_size: int | None = None  # tokens of a chunk; None: the implementation's choice
   implementation: str | Sequence[str] | None = None  # of the operator; None: the platform's best
+  exchange_heads: bool = False  # on a split sequence: tokens for heads, instead of states
 
   def __post_init__(self):
     check_choices(self)

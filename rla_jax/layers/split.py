@@ -9,6 +9,9 @@ tokens over seq. What then crosses the borders of a split sequence:
     recurrence    states (`ops.split_over_sequence`)
     attention     all keys and values, to every shard
 
+Layers with `exchange_heads` move tokens instead: each device then has whole sequences of its share
+of the heads (`ops.split_over_heads`).
+
 Documents may start anywhere. With a cache the sequence stays whole: few tokens come at a time.
 """
 
@@ -21,6 +24,8 @@ from jax.sharding import PartitionSpec as P
 
 from rla_jax import sharding
 from rla_jax.layers.conv import next_tail
+from rla_jax.ops.heads import heads_to_tokens, shared_heads, tokens_to_heads
+from rla_jax.ops.inputs import repeat_heads
 from rla_jax.ops.segments import count_segments
 from rla_jax.shapes import Array, Float, Segments
 
@@ -100,7 +105,7 @@ class Division:
     for name in ('q', 'k'):
       groups = heads[name].shape[2]
       if self.heads(groups) is None and groups > 1:
-        heads[name] = jnp.repeat(heads[name], count // groups, axis=2)
+        heads[name] = repeat_heads(heads[name], count)
     tokens, axis = P(self.rows, self.seq), self.heads(count)
 
     def split(x):
@@ -129,9 +134,6 @@ class Division:
     implementation: str | None,
   ) -> Float[Array, 'B T H K']:
     """Causal attention of every device's queries to the keys and values of the whole sequence."""
-    count = q.shape[2]
-    if self.heads(k.shape[2]) is None:
-      k, v = (jnp.repeat(x, count // k.shape[2], axis=2) for x in (k, v))
 
     def local(q, k, v, segment_ids):
       k, v = (_gathered(x, self.seq) for x in (k, v))
@@ -148,6 +150,31 @@ class Division:
         mask &= own_BT[:, None, :, None] == documents_BS[:, None, None, :]
       return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
+    return self._on_heads(local, q, k, v, segment_ids)
+
+  def attend_by_heads(
+    self,
+    function: Callable,
+    q: Float[Array, 'B T H K'],
+    k: Float[Array, 'B T G K'],
+    v: Float[Array, 'B T G K'],
+    segment_ids: Segments | None,
+  ) -> Float[Array, 'B T H K']:
+    """Runs `function(q, k, v, segment_ids)` on whole sequences of every device's share of heads."""
+
+    def local(q, k, v, segment_ids):
+      k, v = (shared_heads(x, q.shape[2], self.seq) for x in (k, v))
+      q, k, v = (tokens_to_heads(x, self.seq) for x in (q, k, v))
+      if segment_ids is not None:
+        segment_ids = _gathered(segment_ids, self.seq)
+      return heads_to_tokens(function(q, k, v, segment_ids), self.seq)
+
+    return self._on_heads(local, q, k, v, segment_ids)
+
+  def _on_heads(self, local, q, k, v, segment_ids):
+    count = q.shape[2]
+    if self.heads(k.shape[2]) is None:
+      k, v = (repeat_heads(x, count) for x in (k, v))
     tokens = P(self.rows, self.seq)
     heads = P(*tokens, self.heads(count))
     return jax.shard_map(

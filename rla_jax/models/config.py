@@ -43,6 +43,7 @@ class ModelConfig:
   loss_chunk: int | None = None  # positions whose logits exist at a time in the loss; None: all
   chunk_size: int | None = None  # tokens of a chunk in recurrent layers; None: the best known
   implementation: str | tuple[str, ...] | None = None  # of the operators; None: platform's best
+  exchange_heads: bool = False  # mesh axis seq: all tokens of a share of the heads on each device
 
   def __post_init__(self):
     if isinstance(self.pattern, str):
@@ -77,6 +78,7 @@ class ModelConfig:
       'norm_eps': self.norm_eps,
       'chunk_size': self.chunk_size,
       'implementation': self.implementation,
+      'exchange_heads': self.exchange_heads,
     }
     known = registry.attributes(layer)
     if 'chunk_size' not in known:  # attention: its implementations have other names

@@ -120,7 +120,8 @@ class LanguageModel(nn.Module):
     if self.config.loss_chunk is None:
       scores = score(self._logits(x_BTD), targets)
     else:
-      scores = score_chunked(self._logits, x_BTD, targets, self.config.loss_chunk)
+      kernel_DS = self._head_kernel()
+      scores = score_chunked(_head, kernel_DS, x_BTD, targets, self.config.loss_chunk)
     return scores if cache is None else (scores, new_cache)
 
   def score_at(
@@ -177,12 +178,18 @@ class LanguageModel(nn.Module):
     x_BTD, cache = self.blocks(x_BTD, segment_ids, cache)
     return self.final_norm(x_BTD), cache
 
+  def _head_kernel(self):
+    return self.embedding.T if self.config.tie_embeddings else self.head
+
   def _logits(self, x_BTD):
-    kernel_DS = self.embedding.T if self.config.tie_embeddings else self.head
-    # Cast here, not before: the loss adds up the kernel's gradient over its chunks in float32.
-    return jnp.dot(
-      x_BTD, kernel_DS.astype(x_BTD.dtype), preferred_element_type=at_least_float32(x_BTD.dtype)
-    )
+    return _head(x_BTD, self._head_kernel())
+
+
+def _head(x_BTD, kernel):
+  # Cast here, not before: the loss adds up the kernel's gradient over its chunks in float32.
+  return jnp.dot(
+    x_BTD, kernel.astype(x_BTD.dtype), preferred_element_type=at_least_float32(x_BTD.dtype)
+  )
 
 
 def count_parameters(config: ModelConfig) -> int:

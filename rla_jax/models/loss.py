@@ -1,9 +1,12 @@
 """Next-token losses, token by token, without ever holding all the logits."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from rla_jax import sharding
 from rla_jax.shapes import Array, Float, Int
@@ -33,29 +36,50 @@ def score(logits: Float[Array, 'B T S'], targets: Int[Array, 'B T']) -> TokenSco
   return TokenScores(nll_BT, chosen_BT >= jnp.max(logits, axis=-1))
 
 
-def score_chunked(head, x: Float[Array, 'B T D'], targets: Int[Array, 'B T'], chunk: int):
-  """`score(head(x), targets)`, `chunk` positions at a time; the backward pass repeats the logits.
+def score_chunked(
+  head: Callable,
+  kernel: Float[Array, 'D S'],
+  x: Float[Array, 'B T D'],
+  targets: Int[Array, 'B T'],
+  chunk: int,
+) -> TokenScores:
+  """`score(head(x, kernel), targets)`, `chunk` positions of T at a time.
 
-  The chunks are cut from T, so that a batch that is sharded over devices stays where it is.
+  The backward pass repeats the logits. On a mesh every device has a copy of the kernel for its own
+  tokens: so it is gathered once for all chunks, and its gradient is summed over devices once.
 
   Args:
-    head: x [B, t, D] -> logits [B, t, S].
+    head: x [B, t, D], kernel [D, S] -> logits [B, t, S].
+    kernel: weights of the head.
     x: hidden states.
     targets: token ids.
-    chunk: positions of T at a time.
-
-  Returns:
-    TokenScores.
+    chunk: positions of T at a time, those of all devices together.
   """
-  B, T = targets.shape
-  mesh = sharding.in_force()
-  parts = 1 if mesh is None else mesh.shape['seq']
-  if parts > 1 and T % parts == 0 and chunk < T:
-    # Shards of the sequence as rows: a chunk takes its share from each, so that all are at work.
-    x, targets = (a.reshape(B * parts, T // parts, *a.shape[2:]) for a in (x, targets))
-    scores = _score_chunked(head, x, targets, max(1, chunk // parts))
-    return jax.tree.map(lambda a: a.reshape(B, T), scores)
-  return _score_chunked(head, x, targets, chunk)
+  (B, T), mesh = targets.shape, sharding.in_force()
+  rows = () if mesh is None else sharding.rows_of(mesh, B) or ()
+  parts = 1 if mesh is None or T % mesh.shape['seq'] else mesh.shape['seq']
+  axes = (*rows, 'seq') if parts > 1 else rows
+  groups = math.prod(mesh.shape[axis] for axis in rows)
+
+  def one(kernel, x, targets):
+    return _score_chunked(lambda x: head(x, kernel), x, targets, max(1, chunk // parts))
+
+  if chunk >= T or groups * parts == 1:
+    return one(kernel, x, targets)
+
+  def divided(a):
+    """[B, T, ...] as [devices, B / groups, T / parts, ...]."""
+    a = a.reshape(groups, B // groups, parts, T // parts, *a.shape[2:]).swapaxes(1, 2)
+    a = a.reshape(groups * parts, B // groups, T // parts, *a.shape[4:])
+    return jax.lax.with_sharding_constraint(a, PartitionSpec(axes))
+
+  def joined(a):
+    a = a.reshape(groups, parts, B // groups, T // parts).swapaxes(1, 2)
+    return sharding.constrain(a.reshape(B, T), 'seq' if parts > 1 else None)
+
+  copies = jnp.broadcast_to(kernel, (groups * parts, *kernel.shape))
+  copies = jax.lax.with_sharding_constraint(copies, PartitionSpec(axes, None, 'tensor'))
+  return jax.tree.map(joined, jax.vmap(one)(copies, divided(x), divided(targets)))
 
 
 def _score_chunked(head, x, targets, chunk):

@@ -10,6 +10,7 @@ from rla_jax.ops.api import (
   states_at,
 )
 from rla_jax.ops.dispatch import IMPLEMENTATIONS
+from rla_jax.ops.heads import split_over_heads
 from rla_jax.ops.sequence import split_over_sequence
 from rla_jax.ops.state import ResidualState
 
@@ -22,6 +23,7 @@ __all__ = [
   'residual_linear_attention',
   'residual_linear_attention_step',
   'select_implementation',
+  'split_over_heads',
   'split_over_sequence',
   'states_at',
 ]

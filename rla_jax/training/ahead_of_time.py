@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rla_jax import sharding
 from rla_jax.models import LanguageModel
-from rla_jax.training.config import model_config
+from rla_jax.training.config import model_config, settled
 from rla_jax.training.evaluate import loss_sums
 from rla_jax.training.optimizer import make_optimizer
 from rla_jax.training.state import abstract_state
@@ -59,6 +59,7 @@ def trace_training_step(
   Raises:
     ValueError: a parameter that the sharding table cannot place on the mesh.
   """
+  config = settled(config, mesh)
   size = config.model.vocab_size if vocab_size is None else vocab_size
   model, optimizer = LanguageModel(model_config(config, size)), make_optimizer(config)
   step = functools.partial(

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
 from rla_jax.data import DataConfig
@@ -21,7 +22,7 @@ FREE_KEYS = frozenset({
   'log_every', 'eval_every', 'eval_tokens', 'checkpoint_every', 'keep_checkpoints', 'keep_every',
   'keep_best', 'max_bad_steps', 'watchdog_seconds', 'statistics_every', 'profile.start',
   'profile.steps', 'compile_cache', 'wandb', 'mesh.data', 'mesh.fsdp', 'mesh.seq', 'mesh.tensor',
-  'data.cache_dir', 'data.num_threads', 'data.prefetch_batches',
+  'accumulate', 'device_tokens', 'data.cache_dir', 'data.num_threads', 'data.prefetch_batches',
 })  # fmt: skip
 
 
@@ -30,7 +31,9 @@ def get_config() -> ConfigDict:
   c = ConfigDict()
   c.seed = 0  # of the initial parameters; the order of the data has data.seed
   c.steps = 1000  # optimiser steps of the whole run
-  c.accumulate = 1  # parts that a batch is cut into, one after the other, to save memory
+  c.accumulate = config_dict.placeholder(int)  # parts of a batch, one after the other, to save
+  c.accumulate = 1  # memory; None: as few as device_tokens allows on the mesh
+  c.device_tokens = 65_536  # with accumulate None: tokens at most that a device has at a time
 
   c.model = _section(ModelConfig)  # vocab_size None: that of the tokenizer
   c.data = _section(DataConfig)
@@ -111,7 +114,7 @@ def check(config: ConfigDict) -> DataConfig:
       f'optimizer.warmup_steps is {config.optimizer.warmup_steps}, '
       f'expected less than steps, {config.steps}'
     )
-  if config.data.batch_size % config.accumulate:
+  if config.data.batch_size % (config.accumulate or 1):
     raise ConfigError(
       f'accumulate is {config.accumulate}, which does not divide '
       f'data.batch_size, {config.data.batch_size}'
@@ -139,11 +142,30 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
   return _record(ModelConfig, config, 'model', vocab_size=size)
 
 
+def settled(config: ConfigDict, mesh: Mesh) -> ConfigDict:
+  """A copy of the config with the parts that a batch is cut into on this mesh as `accumulate`.
+
+  Args:
+    config: the whole config; accumulate None: the fewest parts that leave every device whole rows
+      and no more than device_tokens tokens at a time, or one row.
+    mesh: from `sharding.make_mesh`.
+  """
+  config = config.copy_and_resolve_references()
+  if config.accumulate is None:
+    rows = -(-config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp']))
+    most = max(1, config.device_tokens * mesh.shape['seq'] // config.data.seq_len)
+    config.accumulate = next(
+      parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most
+    )
+  return config
+
+
 _LEAST = {
-  'steps': 1, 'accumulate': 1, 'optimizer.final_learning_rate': 0, 'optimizer.warmup_steps': 0,
-  'optimizer.weight_decay': 0, 'log_every': 1, 'eval_every': 1, 'eval_tokens': 1,
-  'checkpoint_every': 1, 'keep_checkpoints': 1, 'keep_every': 1, 'max_bad_steps': 0,
-  'statistics_every': 1, 'profile.start': 1, 'profile.steps': 1, 'optimizer.decay_steps': 1,
+  'steps': 1, 'accumulate': 1, 'device_tokens': 1, 'optimizer.final_learning_rate': 0,
+  'optimizer.warmup_steps': 0, 'optimizer.weight_decay': 0, 'log_every': 1, 'eval_every': 1,
+  'eval_tokens': 1, 'checkpoint_every': 1, 'keep_checkpoints': 1, 'keep_every': 1,
+  'max_bad_steps': 0, 'statistics_every': 1, 'profile.start': 1, 'profile.steps': 1,
+  'optimizer.decay_steps': 1,
 }  # fmt: skip
 _CHOICES = {'optimizer.name': ('adamw', 'muon'), 'optimizer.schedule': ('cosine', 'wsd')}
 

@@ -17,13 +17,14 @@ from ml_collections import ConfigDict
 from rla_jax import sharding
 from rla_jax.models import LanguageModel, ModelConfig
 from rla_jax.training import ahead_of_time, hlo
-from rla_jax.training.config import model_config
+from rla_jax.training.config import model_config, settled
 from rla_jax.training.errors import ConfigError
 from rla_jax.training.flops import matmul_flops
 from rla_jax.training.optimizer import make_optimizer
 from rla_jax.training.state import initializer
 from rla_jax.training.utilisation import Peak, peak_of, training_flops
 
+_KINDS = 'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute'
 # Share of a communication's larger side that crosses a chip's links: a ring of many devices.
 _CROSSINGS = {'all-reduce': 2.0}
 
@@ -79,6 +80,27 @@ class Fit:
     """No more than this is possible."""
     return self.model_flops / self.peak.flops / self.seconds
 
+  @property
+  def row(self) -> dict[str, object]:
+    """Plain numbers for a table: GB are 2^30 bytes, all on one device and for one step."""
+    sizes = {kind: size for kind, (_, size) in (self.communication or {}).items()}
+    kinds = {kind.replace('-', '_') + '_gb': sizes.get(kind, 0) / 2**30 for kind in _KINDS}
+    return {
+      **self.mesh,
+      'accumulate': self.accumulate,
+      'memory_gb': self.needed / 2**30,
+      'of_gb': self.peak.memory / 2**30,
+      'state_gb': self.resident / 2**30,
+      'tflop': self.flops / 1e12,
+      'model_tflop': self.model_flops / 1e12,
+      **kinds,
+      'fits': self.fits,
+      'products_seconds': self.compute_seconds,
+      'links_seconds': self.link_seconds,
+      'bound_seconds': self.seconds,
+      'mfu_bound': self.mfu,
+    }
+
   def __str__(self):
     rows = [
       ('mesh', ', '.join(f'{axis} {size}' for axis, size in self.mesh.items())
@@ -108,7 +130,7 @@ def measure(config: ConfigDict, mesh: Mesh, peak: Peak | None = None) -> Fit:
   Raises:
     ConfigError: rates of the devices that are not known, arrays that the mesh does not divide.
   """
-  device = mesh.devices.flat[0]
+  config, device = settled(config, mesh), mesh.devices.flat[0]
   peak = peak or peak_of(device)
   if peak is None:
     raise ConfigError(f'the peak rates of {device.device_kind!r} are not known; add them to '

@@ -65,7 +65,8 @@ def collectives(hlo: str) -> list[Instruction]:
   """Every communication of an optimised module, in the order of its text.
 
   The TPU compiler spreads a communication over fusions that start, advance and end it. Each holds a
-  copy of the instruction, with the same channel and result, which counts once.
+  copy of the instruction, with the same channel and result, which counts once. It writes a
+  reduce-scatter as the fusion of an all-reduce with the slices that each device keeps of it.
 
   Args:
     hlo: `compiled.as_text()`.
@@ -99,6 +100,9 @@ def instructions(hlo: str) -> Iterator[Instruction]:
       if op != m['op'] and op != 'all-reduce' and len(results) > len(operands):
         # The started half returns its operands, then its results, then what it waits on.
         results = results[len(operands) : 2 * len(operands)]
+      if op == 'all-reduce' and computation.startswith('all-reduce-scatter'):
+        op = 'reduce-scatter'
+        results = tuple(x for n in matches if n['op'] == 'dynamic-slice' for x in shapes[n['name']])
       yield Instruction(m['name'], op, operands, results, times[computation], m.string)
 
 

@@ -32,7 +32,7 @@ def get_paper_config(preset: str) -> ConfigDict:
 
   tokens = c.data.seq_len * c.data.batch_size
   c.steps = round(_TOKENS / tokens)
-  c.accumulate = 8
+  c.accumulate = None  # By device_tokens: 8 parts on 8 devices, one on 64 and more.
   c.optimizer.learning_rate = 3e-4
   c.optimizer.final_learning_rate = 3e-5
   c.optimizer.warmup_steps = round(_WARMUP_TOKENS / tokens)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from rla_jax import sharding
 from rla_jax.shapes import Array, Float
 from rla_jax.training.optimizer import learning_rate
 from rla_jax.training.state import TrainState
@@ -97,7 +98,11 @@ def summed_gradient(loss_sums: LossFn, params, batch: dict[str, Array], parts: i
   Returns:
     ((summed loss, number of targets), gradient).
   """
-  value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
+
+  def value_and_grad(params, batch):
+    sums, gradient = jax.value_and_grad(loss_sums, has_aux=True)(params, batch)
+    return sums, sharding.as_stored(gradient)
+
   if parts == 1:
     return value_and_grad(params, batch)
   batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from rla_jax.models import LanguageModel
 from rla_jax.training import distributed, feed
 from rla_jax.training import workdir as workdirs
 from rla_jax.training.checkpoints import Checkpoints
-from rla_jax.training.config import check, leaves, model_config
+from rla_jax.training.config import check, leaves, model_config, settled
 from rla_jax.training.errors import ConfigError
 from rla_jax.training.evaluate import Evaluation, evaluate, loss_sums
 from rla_jax.training.metrics import MetricsWriter, NoMetrics
@@ -67,6 +68,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> Outcom
   if config.compile_cache is not None:
     jax.config.update('jax_compilation_cache_dir', config.compile_cache)
   mesh = make_mesh(config)
+  parts = settled(config, mesh).accumulate
   share = feed.share(mesh)
   with workdirs.claimed(workdir, config) as root, StopRequest() as stop, jax.set_mesh(mesh):
     corpus = data.load(data_config)
@@ -94,7 +96,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> Outcom
       evaluation_step = jax.jit(loss)
       statistics_step = jax.jit(functools.partial(gate_statistics, model))
       held_out = data.evaluation_batches(
-        data_config, corpus, batch_size=data_config.batch_size // config.accumulate,
+        data_config, corpus, batch_size=data_config.batch_size // parts,
         max_tokens=config.eval_tokens, **share,
       )  # fmt: skip
       batches = feed.ahead(
@@ -102,7 +104,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> Outcom
       )
       batch = next(batches)
       step = compile_step(
-        functools.partial(train_step, loss_sums=loss, optimizer=optimizer, config=config),
+        functools.partial(
+          train_step, loss_sums=loss, optimizer=optimizer, config=settled(config, mesh)
+        ),
         abstract, batch, progress,
       )  # fmt: skip
 
@@ -171,15 +175,25 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
       f'mesh.seq is {mesh.shape["seq"]}, which does not divide data.seq_len, {config.data.seq_len}'
     )
   places = mesh.shape['data'] * mesh.shape['fsdp']
-  size, unit = config.data.batch_size, places * config.accumulate
-  if size % unit:
-    below = size // unit * unit
-    near = f'{below} or {below + unit}' if below else f'{unit}'
+  rows, parts = config.data.batch_size, config.accumulate or 1
+  if rows % (places * parts):
     raise ConfigError(
-      f'data.batch_size is {size}, which does not divide over {places} devices (mesh.data * '
-      f'mesh.fsdp) times accumulate = {config.accumulate}; the nearest that does: {near}'
+      f'data.batch_size is {rows}, which does not divide over {places} devices (mesh.data * '
+      f'mesh.fsdp) times accumulate = {parts}; {_nearest(rows, places, parts)}'
     )
   return mesh
+
+
+def _nearest(rows: int, places: int, parts: int) -> str:
+  """What is nearest to a layout that does not divide the rows of a batch, and does."""
+  if rows % places == 0:
+    fewer = max(p for p in range(1, parts) if rows // places % p == 0)
+    return f'accumulate = {fewer} would do'
+  common = math.gcd(rows, places)
+  return (
+    f'mesh.data * mesh.fsdp = {common} would do, with the other {places // common} along '
+    f'mesh.tensor or mesh.seq, or {-(-rows // places) * places} rows with accumulate = 1'
+  )
 
 
 def restore(checkpoints: Checkpoints, abstract: TrainState, fingerprint: dict) -> TrainState | None:

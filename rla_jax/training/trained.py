@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rla_jax import data, generation, sharding
 from rla_jax.models import LanguageModel
 from rla_jax.training.checkpoints import Checkpoints
-from rla_jax.training.config import check, model_config
+from rla_jax.training.config import check, model_config, settled
 from rla_jax.training.errors import CheckpointError
 from rla_jax.training.evaluate import Evaluation, evaluate, loss_sums
 from rla_jax.training.feed import share
@@ -93,7 +93,8 @@ def evaluate_run(
       data_config = dataclasses.replace(data_config, validation_path=path)
     corpus = data.load(data_config)
     places = mesh.shape['data']
-    rows = -(-data_config.batch_size // trained.config.accumulate // places) * places
+    parts = settled(trained.config, mesh).accumulate
+    rows = -(-data_config.batch_size // parts // places) * places
     batches = data.evaluation_batches(
       data_config, corpus, batch_size=rows, max_tokens=max_tokens,
       **share(mesh),

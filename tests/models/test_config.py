@@ -50,8 +50,8 @@ def test_attributes_reach_the_layers():
     layer_options={'attention': {'num_heads': 8}, 'rdn': {'clip': 2.0}},
   )  # fmt: skip
   rdn, attention = (config.attributes_of(name) for name in config.pattern)
-  assert attention == {'num_heads': 8, 'head_dim': 32}
+  assert attention == {'num_heads': 8, 'head_dim': 32, 'exchange_heads': False}
   assert rdn == {
     'num_heads': 4, 'head_dim': 32, 'norm_eps': 1e-6, 'chunk_size': 16,
-    'implementation': 'reference', 'clip': 2.0,
+    'implementation': 'reference', 'exchange_heads': False, 'clip': 2.0,
   }  # fmt: skip

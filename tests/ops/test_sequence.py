@@ -41,7 +41,7 @@ def example(channel=False, residual=True, segments=False, dtype=np.float64):
   return args, ops.ResidualState(cast(base), cast(extra)), ids, cast(cotangents)
 
 
-def run(operator, example, shards=None, readout='gated'):
+def run(operator, example, shards=None, readout='gated', by=ops.split_over_sequence):
   """(o, state) and the gradients by all arrays, on one device or on so many."""
   args, state, ids, cotangents = example
   options = {'readout': readout, 'implementation': 'chunked', 'chunk_size': 16}
@@ -50,7 +50,7 @@ def run(operator, example, shards=None, readout='gated'):
     if shards is None:
       o, final = operator(*args, initial_state=state, segment_ids=ids, **options)
     else:
-      o, final = split(operator, shards, **options)(args, state, ids)
+      o, final = split(operator, shards, by, **options)(args, state, ids)
     total = (o * cotangents[0]).sum()
     for state, weights in zip(jax.tree.leaves(final), cotangents[1:], strict=False):
       total += (state * weights[:, 0, :, None, :]).sum()
@@ -59,12 +59,12 @@ def run(operator, example, shards=None, readout='gated'):
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(args, state)
 
 
-def split(operator, shards, **options):
+def split(operator, shards, by=ops.split_over_sequence, **options):
   mesh = Mesh(np.array(jax.devices()[:shards]), ('seq',), axis_types=(AxisType.Auto,))
   tokens, whole = PartitionSpec(None, 'seq'), PartitionSpec()
 
   def local(args, state, ids):
-    return ops.split_over_sequence(
+    return by(
       operator, *args, axis_name='seq', initial_state=state, segment_ids=ids, **options
     )
 
@@ -99,6 +99,15 @@ def test_scan_of_logarithmic_depth_equals_one_device(operator, monkeypatch):
     case = example(segments=True)
     monkeypatch.setattr(sequence, '_GATHERED_SHARDS', 1)
     assert largest_error(run(operator, case, SHARDS), run(operator, case)) < 1e-12
+
+
+@pytest.mark.parametrize('operator', [pytest.param(RDN, marks=pytest.mark.slow), RLA])
+def test_exchange_of_heads_has_the_same_value(operator):
+  """The other mode as oracle: initial and final states, documents anywhere, one shared key head."""
+  with jax.enable_x64(True):
+    case = example(segments=True)
+    want = run(operator, case)
+    assert largest_error(run(operator, case, 2, by=ops.split_over_heads), want) < 1e-12
 
 
 def test_a_state_that_is_reset_at_the_border_is_noticed(monkeypatch):
@@ -161,3 +170,5 @@ def test_errors(shards):
   empty = tuple(x[:, :0] for x in args)
   with pytest.raises(ValueError, match='at least one token on every shard'):
     split(RDN, shards)(empty, state, None)
+  with pytest.raises(ValueError, match='2 heads, which mesh axis seq of size 4 does not divide'):
+    split(RDN, 4, ops.split_over_heads)(args, state, ids)

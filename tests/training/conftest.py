@@ -2,7 +2,9 @@
 
 import random
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from rla_jax.training import get_config
 
@@ -16,6 +18,26 @@ def text_dir(tmp_path_factory):
     words = [rng.choice(('alpha beta', 'gamma delta', 'epsilon zeta')) for _ in range(40)]
     (folder / f'{number:02d}.txt').write_text(' '.join(words))
   return folder
+
+
+@pytest.fixture(scope='session')
+def compile_folder(tmp_path_factory):
+  """Compiled programs of this session."""
+  return tmp_path_factory.mktemp('compiled')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(compile_folder):
+  """Runs of one config share their programs: what is under test is the loop around them."""
+  names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
+  before = [getattr(jax.config, name) for name in names]
+  for name, value in zip(names, (str(compile_folder), 0.0)):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in zip(names, before):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture

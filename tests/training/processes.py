@@ -53,7 +53,9 @@ def start(config, workdir, count=1, devices=8, hook='pass') -> list[subprocess.P
       f'--coordinator=localhost:{port}', f'--num_processes={count}', f'--process_id={process}'
     ]  # fmt: skip
     environment = {
-      **os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices // count}',
+      **os.environ,
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices // count} '
+                   '--xla_backend_optimization_level=0',
       'JAX_PLATFORMS': 'cpu', 'PROCESS': str(process), 'CONFIG': str(folder),
       'WORKDIR': str(workdir),
     }  # fmt: skip

@@ -74,6 +74,42 @@ source_target_pairs={{0,1},{1,0}}
   assert [x.name for x in hlo.kernel_calls(module)] == ['kernel.1']
 
 
+def test_a_sum_of_which_each_device_keeps_a_slice_is_a_reduce_scatter():
+  """As the TPU compiler fuses it: the all-reduce runs nowhere else."""
+  module = """HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[]{:T(128)} add(%x, %y)
+}
+
+%all-reduce-scatter.9.clone.1 (a: bf16[512,256], b: bf16[256,512]) -> (bf16[512,64], bf16[64,512]) {
+  %a = bf16[512,256]{0,1:T(8,128)(2,1)S(1)} parameter(0)
+  %b = bf16[256,512]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %all-reduce.156 = (bf16[512,256]{0,1:T(8,128)(2,1)}, bf16[256,512]{1,0:T(8,128)(2,1)}) \
+all-reduce(%a, %b), channel_id=76, replica_groups={{0,1,2,3}}, to_apply=%add
+  %first = bf16[512,256]{0,1:T(8,128)(2,1)} get-tuple-element(%all-reduce.156), index=0
+  %own = bf16[512,64]{0,1:T(8,128)(2,1)} dynamic-slice(%first, %zero, %at)
+  %second = bf16[256,512]{1,0:T(8,128)(2,1)} get-tuple-element(%all-reduce.156), index=1
+  %its = bf16[64,512]{1,0:T(8,128)(2,1)} dynamic-slice(%second, %at, %zero)
+  ROOT %both = (bf16[512,64]{0,1:T(8,128)}, bf16[64,512]{1,0:T(8,128)}) tuple(%own, %its)
+}
+
+ENTRY %main (a: bf16[512,256], b: bf16[256,512]) -> bf16[512,64] {
+  %a.1 = bf16[512,256]{0,1} parameter(0)
+  %b.1 = bf16[256,512]{1,0} parameter(1)
+  %f = (bf16[512,64], bf16[64,512]) fusion(%a.1, %b.1), kind=kCustom, \
+calls=%all-reduce-scatter.9.clone.1
+  ROOT %all-reduce.1 = bf16[512,64]{0,1} all-reduce(%g), channel_id=77, \
+replica_groups={{0,1}}, to_apply=%add
+}
+"""
+  scatter, total = hlo.collectives(module)
+  assert (scatter.op, scatter.times, scatter.group) == ('reduce-scatter', 1, 4)
+  assert scatter.results == ('bf16[512,64]', 'bf16[64,512]')
+  assert scatter.bytes == 2 * 512 * 256 * 2
+  assert (total.op, total.results) == ('all-reduce', ('bf16[512,64]',))
+
+
 def test_flops_of_loops_branches_and_shards(mesh):
   x = jnp.zeros((8, 4))
 
@@ -107,6 +143,8 @@ def test_a_step_compiles_from_shapes_alone(mesh):
   # recurrence and what is recomputed. Three products of each in training.
   least = 3 * 2 * 4 * 12 * (2 * (5 * 16 * 16 + 3 * 16 * 32) + 16 * 32)
   assert least < matmul_flops(traced.jaxpr) < 4 * least
+  config.model.update({'pattern': ('attention',), 'num_layers': 1, 'remat': 'none'})  # Quicker.
+  traced = ahead_of_time.trace_training_step(config, mesh)
   compiled = ahead_of_time.lower(traced, mesh).compile()
   found = hlo.collectives(compiled.as_text())
   assert {x.op for x in found} >= {'all-gather', 'all-reduce'}

@@ -6,9 +6,10 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
+from rla_jax import sharding
 from rla_jax.training import ConfigError, get_config
 from rla_jax.training import config as config_module
-from rla_jax.training.config import FREE_KEYS, check, leaves, model_config
+from rla_jax.training.config import FREE_KEYS, check, leaves, model_config, settled
 from rla_jax.training.train import make_mesh
 
 
@@ -63,8 +64,9 @@ def test_values_that_are_refused(config, path, value, message):
 @pytest.mark.parametrize(
   ('overrides', 'message'),
   [
-    ({'data.batch_size': 12}, 'batch_size is 12, .* 8 devices .* the nearest that does: 8 or 16'),
-    ({'accumulate': 2}, 'batch_size is 8, .* accumulate = 2; the nearest that does: 16'),
+    ({'data.batch_size': 12}, 'batch_size is 12, .* 8 devices .*; mesh.data [*] mesh.fsdp = 4 '
+     'would do, with the other 2 along mesh.tensor or mesh.seq, or 16 rows'),
+    ({'data.batch_size': 32, 'accumulate': 8}, 'batch_size is 32, .* = 8; accumulate = 4 would do'),
     ({'mesh.data': 3}, 'data 3, .*does not fill 8 devices'),
     ({'mesh.fsdp': -1}, '-1 for one of them'),
     ({'mesh.data': 1, 'mesh.seq': 8, 'data.seq_len': 12}, 'mesh.seq is 8, .* not divide'),
@@ -74,6 +76,27 @@ def test_meshes_that_are_refused(config, overrides, message):
   config.update_from_flattened_dict(overrides)
   with pytest.raises(ConfigError, match=message):
     make_mesh(config)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'device_tokens', 'parts'),
+  [
+    ({}, 16 * 12, 1),
+    ({}, 16 * 12 - 1, 2),
+    ({}, 16, 12),
+    ({}, 1, 12),  # A row at a time is the least.
+    ({'data': 2, 'tensor': 4}, 16 * 12, 4),
+    ({'data': 2, 'seq': 4}, 16 * 12, 1),
+  ],
+)
+def test_a_batch_is_cut_in_no_more_parts_than_needed(config, sizes, device_tokens, parts):
+  """96 rows of 16 tokens."""
+  config.data.batch_size, config.accumulate, config.device_tokens = 96, None, device_tokens
+  mesh = sharding.make_mesh(**sizes)
+  assert settled(config, mesh).accumulate == parts
+  assert config.accumulate is None
+  config.accumulate = 3
+  assert settled(config, mesh).accumulate == 3
 
 
 def test_vocabulary_is_that_of_the_tokenizer_or_larger(config):

@@ -1,6 +1,10 @@
 """What the compiler says of a step, and the nearest layout where it does not fit."""
 
+import csv
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -9,6 +13,7 @@ from rla_jax import sharding
 from rla_jax.training import ConfigError, fit
 from rla_jax.training.utilisation import Peak
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROOMY = Peak(flops=1e12, memory=1e12, memory_rate=1e11, link_rate=1e10)
 
 
@@ -56,3 +61,24 @@ def test_what_does_not_fit_gets_the_nearest_layout_that_does(config):
 def test_devices_without_known_rates_are_refused(config):
   with pytest.raises(ConfigError, match="peak rates of 'cpu' are not known"):
     fit.measure(config, sharding.make_mesh())
+
+
+@pytest.mark.slow
+def test_the_program_compiles_for_slices_that_are_not_there(tmp_path):
+  """Split parameters are gathered and their gradients scattered; copies are summed whole."""
+  pytest.importorskip('libtpu')
+  table = tmp_path / 'layouts.csv'
+  command = [
+    sys.executable, 'experiments/compile.py', '--config=configs/quickstart.py', f'--csv={table}',
+    '--topology=v5e:2x2', '--layout=fsdp=-1', '--layout=data=-1', '--config.model.loss_chunk=16',
+    '--config.model.dtype=bfloat16',
+  ]  # fmt: skip
+  subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+  with table.open() as file:
+    parts, copies = csv.DictReader(file)
+  assert (parts['fsdp'], copies['data'], parts['topology']) == ('4', '4', 'v5e:2x2')
+  parts, copies = ({name: float(row[name]) for name in row if name.endswith('_gb')}
+                   for row in (parts, copies))  # fmt: skip
+  assert parts['all_gather_gb'] > parts['reduce_scatter_gb'] > 20 * parts['all_reduce_gb'] > 0
+  assert copies['all_reduce_gb'] > 0 == copies['reduce_scatter_gb']
+  assert parts['state_gb'] < 0.3 * copies['state_gb']

@@ -14,11 +14,11 @@ from rla_jax.layers.conv import short_convolution
 from rla_jax.models import LanguageModel, ModelConfig
 from rla_jax.ops import sequence
 from rla_jax.ops.segments import count_segments
+from rla_jax.training import hlo
 from rla_jax.training.evaluate import loss_sums, to_devices
 from rla_jax.training.state import initial_params
 
 ROWS, LENGTH, LONGER, VOCABULARY = 8, 32, 80, 48
-QUICK = {'xla_backend_optimization_level': 0}  # Most of the time goes to compilation.
 HYBRID = 'rdn', 'attention', 'rla', 'sliding_window_attention'
 
 
@@ -55,8 +55,8 @@ def compiled(model, mesh, length=LENGTH):
   params = jax.jit(init, out_shardings=placed)(jax.random.key(0))
   batch = to_devices(batch_of(length), mesh)
   function = jax.value_and_grad(functools.partial(loss_sums, model), has_aux=True)
-  lowered = jax.jit(function, out_shardings=(None, placed)).lower(params, batch)
-  return lowered.compile(compiler_options=QUICK), params, batch
+  jitted = jax.jit(function, out_shardings=(None, placed))
+  return jitted.lower(params, batch).compile(), params, batch
 
 
 def loss_and_gradient(model, length=LENGTH, **sizes):
@@ -88,12 +88,12 @@ def slow(sizes):
 def divided():
   """An RDN on halves of parameters, sequence and heads: program, result, that of one device."""
   with jax.enable_x64(True):
-    model = model_of(('rdn',))
+    model = model_of(('rdn',), loss_chunk=16, remat='none')
     mesh = sharding.make_mesh(data=1, fsdp=2, seq=2, tensor=2)
     with jax.set_mesh(mesh):
       step, params, batch = compiled(model, mesh, LONGER)
       got = jax.device_get(step(params, batch))
-    return step.as_text(), got, loss_and_gradient(model, LONGER)
+    return step.as_text(), got, loss_and_gradient(model_of(('rdn',), remat='none'), LONGER)
 
 
 def test_a_mesh_gives_one_device_s_loss_and_gradient(divided):
@@ -123,6 +123,16 @@ def test_every_layer_splits(layer):
   with jax.enable_x64(True):
     got = loss_and_gradient(model_of((layer,)), data=2, seq=2, tensor=2)
     assert largest_error(got, on_one_device((layer,))) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'sizes', [{'data': 2, 'seq': 4}, {'data': 2, 'seq': 2, 'tensor': 2}], ids=str
+)
+def test_heads_are_exchanged_for_tokens(sizes):
+  with jax.enable_x64(True):
+    got = loss_and_gradient(model_of(HYBRID, exchange_heads=True), **sizes)
+    assert largest_error(got, on_one_device(HYBRID)) < 1e-12
 
 
 @pytest.mark.slow
@@ -169,6 +179,15 @@ def test_only_states_cross_a_split_sequence(divided):
       # Products with split weights are summed, every token where it is.
       tokens = {LONGER} if name == 'all-reduce' else {LONGER, LONGER // 2}
       assert not tokens & set(shape), (name, shape)
+
+
+def test_chunks_of_the_loss_share_one_copy_of_the_head(divided):
+  """Gathered once, its gradient summed once, however many chunks there are."""
+  kernel = 16, VOCABULARY // 2
+  found = [x for x in hlo.collectives(divided[0])
+           if kernel in [hlo.sizes(shape)[-2:] for shape in x.operands + x.results]]  # fmt: skip
+  assert {x.op for x in found} == {'all-gather', 'all-reduce'}  # CPU has no reduce-scatter.
+  assert [x.times for x in found] == [1] * len(found), found
 
 
 @pytest.mark.parametrize('broken', [False, True])

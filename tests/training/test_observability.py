@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from rla_jax.models import PRESETS, LanguageModel, ModelConfig, count_parameters
 from rla_jax.training import train_and_evaluate
@@ -138,7 +139,7 @@ def test_norms_by_group():
   pytest.param('rla', 'muon', {'grad_norm/gates', 'gates/alpha/00'}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_run_with_everything_on(config, tmp_path, monkeypatch, layer, optimizer, told):
-  """Statistics, a mean of the parameters, the best checkpoint, a trace, a cache, W&B, MFU."""
+  """Statistics, two parts a batch, a mean of the parameters, the best checkpoint, W&B, MFU, ..."""
   sent = []
   if layer == 'rla':
     config.model.implementation = 'reference'
@@ -150,12 +151,16 @@ def test_a_run_with_everything_on(config, tmp_path, monkeypatch, layer, optimize
     'checkpoint_every': 2, 'eval_every': 2, 'profile.start': 2, 'profile.steps': 1,
     'compile_cache': str(tmp_path / 'cache'), 'wandb': 'project', 'model.pattern': (layer,),
     'optimizer.name': optimizer, 'optimizer.schedule': 'wsd',
-    'max_spike': 10.0,
+    'max_spike': 10.0, 'data.batch_size': 16, 'accumulate': None, 'device_tokens': 16,
   })  # fmt: skip
+  folder = jax.config.jax_compilation_cache_dir
+  compilation_cache.reset_cache()
   try:
     outcome = train_and_evaluate(config, tmp_path / 'run')
   finally:
-    jax.config.update('jax_compilation_cache_dir', None)
+    jax.config.update('jax_compilation_cache_dir', folder)
+    compilation_cache.reset_cache()
+  assert list((tmp_path / 'cache').iterdir())
   found = read(tmp_path / 'run' / 'metrics.jsonl')
   assert told <= set(found[1])
   assert not told & set(found[0])

@@ -143,6 +143,7 @@ module.train_and_evaluate(read_config(sys.argv[1]), sys.argv[2])
   process = subprocess.Popen(
     [sys.executable, '-c', code, str(tmp_path / 'whole'), str(workdir)],
     cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir},
   )  # fmt: skip
   with process:
     assert process.stdout.readline() == 'at 5\n'
@@ -174,6 +175,7 @@ def test_the_step_compiles_exactly_once(config, tmp_path):
   assert sum('loss_sums' in name for name in compiled) == 1, compiled
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_run(config, tmp_path):
   config.data.batch_size = 16
   one = train_and_evaluate(config, tmp_path / 'one')
