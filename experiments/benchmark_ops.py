@@ -1,7 +1,7 @@
 """Benchmarks the operators on one GPU, side by side with what else there is, errors first.
 
     python experiments/benchmark_ops.py                                  # everything, an hour
-    python experiments/benchmark_ops.py --suites=speed --operations=rdn,gdn --lengths=2048 \
+    python experiments/benchmark_ops.py --suites=speed --operations=rdn,gdn --lengths=2048 \\
         --implementations=triton,fla                                     # a minute
     python experiments/benchmark_ops.py --resume                         # goes on where it stopped
 
