@@ -24,6 +24,7 @@ so an interrupted report goes on where it stopped, and a part can be compiled an
 
 import itertools
 import pathlib
+import signal
 import sys
 import time
 
@@ -68,6 +69,8 @@ STEP = ('topology', 'config', 'batch', 'time', 'data', 'fsdp', 'tensor', 'remat'
 def main(argv):
   """Compiles what the flags name and is not in the tables yet."""
   del argv
+  # As an exception, so that a compiler which is running is ended too.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
   suites = {'kernels': report_kernels, 'step': report_step}
   unknown = set(SUITE.value) - set(suites)
   if unknown:

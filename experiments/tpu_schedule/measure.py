@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Iterator
 
 from tpu_schedule import bound, dump
+from tpu_schedule.table import STAMP
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 DELTA = ('rdn', 'gdn')
+BASE_MODEL = {'rla': 'gla', 'rdn': 'gdn'}
 # The kernels that a pass runs: forward alone, forward in training, backward.
 PARTS = {
   'forward': ('prepare', 'forward'),
@@ -54,14 +56,17 @@ def _children(program: str, cases: list[dict], folder=None) -> Iterator[dict]:
   while left:
     command = [sys.executable, str(FOLDER / f'{program}.py'), json.dumps(left)]
     with tempfile.TemporaryFile('w+') as errors:
-      process = subprocess.Popen(
+      with subprocess.Popen(
         command, env=env, text=True, stdout=subprocess.PIPE, stderr=errors, cwd=ROOT
-      )
-      for line in process.stdout:
-        if line.startswith('RESULT '):
-          left.pop(0)
-          yield json.loads(line.removeprefix('RESULT '))
-      process.wait()
+      ) as process:
+        try:
+          for line in process.stdout:
+            if line.startswith('RESULT '):
+              left.pop(0)
+              yield json.loads(line.removeprefix('RESULT '))
+        except BaseException:
+          process.kill()  # the report was stopped: its compiler must not go on alone
+          raise
       if left:
         errors.seek(0)
         lines = [line for line in errors if line.strip()] or ['no output']
@@ -124,6 +129,7 @@ def _kernel_row(case, found, folder, name):
   units = loop.slots['MXU']
   row |= {
     'bundles_a_token_and_head': round(loop.bundles / tokens, 2),
+    'matrix_units': units,
     'spills': loop.used['SPILL'],
     'fills': loop.used['FILL'],
     'memory_bound': round(
@@ -181,7 +187,11 @@ def _step_rows(case, found):
 
 
 def totals(kernels: list[dict], operators: list[dict]) -> list[dict]:
-  """Bundles a token and head of whole passes, beside their bounds and the plain form's traffic."""
+  """Bundles a token and head of whole passes, beside what they are to be compared with.
+
+  Those are the bounds, the base model (the same kernels without the residual state) and the plain
+  form: its arithmetic, its bytes, and the cycles that its bytes take at the chip's bandwidth.
+  """
   index = ('topology', 'dtype', 'size', 'rule')
   groups, plain = {}, {}
   for row in kernels:
@@ -205,7 +215,18 @@ def totals(kernels: list[dict], operators: list[dict]) -> list[dict]:
       found = plain.get((*key, name), {})
       for unit in ('flops', 'bytes'):
         row[f'chunked_{name}_{unit}'] = found.get(f'{unit}_a_token_and_head', '')
-    rows.append(row)
+      if size := row[f'chunked_{name}_bytes']:
+        row[f'chunked_{name}_memory_cycles'] = round(
+          bound.memory_cycles(
+            row['topology'].split(':')[0], int(group['forward']['matrix_units']), float(size)
+          )
+        )
+    rows.append(row | {name: group['forward'][name] for name in STAMP})
+  by_key = {tuple(row[i] for i in index): row for row in rows}
+  for row in rows:
+    base = by_key.get((*(row[i] for i in index[:3]), BASE_MODEL.get(row['rule'])), {})
+    for name in PARTS:
+      row[f'{name}_over_base_model'] = round(row[name] / base[name], 2) if base else ''
   return rows
 
 

@@ -5,8 +5,10 @@ import datetime
 import importlib.metadata
 import pathlib
 import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+STAMP = ('date', 'commit', 'versions', 'command')
 
 
 class Table:
@@ -40,11 +42,9 @@ class Table:
 
 def stamp(commit: str) -> dict[str, str]:
   """What every row says of its origin."""
-  return {
-    'date': datetime.date.today().isoformat(),
-    'commit': commit,
-    'versions': ', '.join(f'{name} {_version(name)}' for name in ('jax', 'libtpu')),
-  }
+  versions = ', '.join(f'{name} {_version(name)}' for name in ('jax', 'libtpu'))
+  command = ' '.join(['python', *sys.argv])
+  return dict(zip(STAMP, (datetime.date.today().isoformat(), commit, versions, command)))
 
 
 def commit_of(*paths: str) -> str:

@@ -23,18 +23,19 @@ def run(script, *arguments):
   return subprocess.run(command, env=env, text=True, capture_output=True)
 
 
-def compile_case(script='tpu_schedule/compile.py', **case):
-  done = run(script, json.dumps([case]))
+def compile_cases(cases, script='tpu_schedule/compile.py'):
+  """What a script that compiles says of each case; one process for all, which is slow to start."""
+  done = run(script, json.dumps(cases))
   assert done.returncode == 0, done.stderr[-2000:]
-  result = next(x for x in done.stdout.splitlines() if x.startswith('RESULT '))
-  return json.loads(result.removeprefix('RESULT '))
+  results = [x for x in done.stdout.splitlines() if x.startswith('RESULT ')]
+  return [json.loads(x.removeprefix('RESULT ')) for x in results]
 
 
-def check_operator(topology, rule, size=128, dtype='bfloat16', heads=1, time=128):
+def check_operator(topology, rule, size, dtype, heads=1, time=128):
   """Forward, backward and the decode step of one operator compile and say what they need."""
   case = {'topology': topology, 'rule': rule, 'size': size, 'dtype': dtype, 'batch': 1}
   case |= {'heads': heads, 'time': time}
-  found = compile_case(**case, program='pallas')
+  found, decode = compile_cases([case | {'program': name} for name in ('pallas', 'decode')])
   errors = {name: x['error'] for name, x in found['passes'].items()}
   assert errors == {'forward': '', 'forward_backward': ''}
   kernels = {'forward', 'forward_saving', 'backward'}
@@ -43,16 +44,19 @@ def check_operator(topology, rule, size=128, dtype='bfloat16', heads=1, time=128
     assert kernel['hbm_bytes'] > 0
     # None is left where XLA holds all that a small call reads and writes in vector memory itself.
     assert 0 <= kernel['vmem'] <= found['vmem_limit'], name
-  step = compile_case(**case, program='decode')['passes']['step']
-  assert step['error'] == ''
+  assert decode['passes']['step']['error'] == ''
 
 
 @pytest.mark.parametrize(
-  ('topology', 'rule'), [('v5e:2x2', 'rdn'), ('v5p:2x2x1', 'rla'), ('v6e:2x2', 'gdn')]
-)
-def test_compiles(topology, rule):
-  """One head of 128 and one chunk: small programs, which still have every kernel."""
-  check_operator(topology, rule)
+  ('topology', 'rule', 'size', 'dtype'),
+  [
+    ('v5e:2x2', 'rdn', 128, 'bfloat16'), ('v5p:2x2x1', 'rla', 64, 'float32'),
+    ('v6e:2x2', 'gdn', 256, 'bfloat16'),
+  ],
+)  # fmt: skip
+def test_compiles(topology, rule, size, dtype):
+  """One head and one chunk: small programs, which still have every kernel."""
+  check_operator(topology, rule, size, dtype)
 
 
 REMAT = """
@@ -103,16 +107,17 @@ def test_remat_by_name_runs_no_forward_kernel_again(tmp_path):
 @pytest.mark.parametrize('topology', TOPOLOGIES)
 def test_compiles_everywhere(topology, size, dtype):
   for rule in ('rla', 'rdn', 'gla', 'gdn'):
-    check_operator(topology, rule, size, dtype, heads=8, time=512)
+    check_operator(topology, rule, size, dtype, heads=2)
 
 
 @pytest.mark.slow
 def test_training_step_of_256_chips_gathers_no_tokens():
   """The kernels are in it; each chip runs them on its own sequences; it fits."""
-  found = compile_case(
-    'tpu_schedule/training_step.py', topology='v5e:16x16', config='configs/rdn_1p5b.py', batch=256,
-    time=4096, mesh={'data': 1, 'fsdp': 256, 'tensor': 1}, remat='full',
-  )  # fmt: skip
+  case = {
+    'topology': 'v5e:16x16', 'config': 'configs/rdn_1p5b.py', 'batch': 256, 'time': 4096,
+    'mesh': {'data': 1, 'fsdp': 256, 'tensor': 1}, 'remat': 'full',
+  }  # fmt: skip
+  (found,) = compile_cases([case], 'tpu_schedule/training_step.py')
   assert found['problems'] == []
   memory = found['arguments'] + found['outputs'] - found['aliased'] + found['temporary']
   assert memory < 16e9
@@ -134,6 +139,21 @@ def test_report_goes_on_where_it_stopped(tmp_path):
   assert second.returncode == 0, second.stderr[-2000:]
   assert len((tmp_path / 'kernels.csv').read_text().splitlines()) == 1 + 6
   assert '2 cases' in second.stderr
+
+
+def test_a_report_that_is_stopped_ends_its_compiler(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(str(EXPERIMENTS))
+  from tpu_schedule import measure
+
+  endless = 'import os, time\nprint("RESULT", os.getpid(), flush=True)\ntime.sleep(600)\n'
+  (tmp_path / 'endless.py').write_text(endless)
+  monkeypatch.setattr(measure, 'FOLDER', tmp_path)
+  results = measure._children('endless', [{}, {}])
+  compiler = next(results)
+  os.kill(compiler, 0)
+  results.close()
+  with pytest.raises(ProcessLookupError):
+    os.kill(compiler, 0)
 
 
 def test_report_has_help():

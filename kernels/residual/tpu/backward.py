@@ -104,11 +104,21 @@ def backward_kernel(*refs, plan: Plan, inputs: tuple[str, ...], outputs: tuple[s
 def _chunk(ins, outs, c, n, h, plan):
   """One chunk of one head; a generator that yields between dependent products."""
   rule, chunk, at = plan.rule, plan.chunk, plan.tokens_of(n)
+  # Tokens, states and their gradients are read from memory at each use: there are no registers for
+  # them, and what is kept is written to memory once more.
   def values(name):
     return ins[name][0, at, plan.values_of(h)]
-  q, k = ins['q'][0, at, plan.keys_of(h)], ins['k'][0, at, plan.keys_of(h)]
-  dtype = q.dtype
-  v, do = values('v').astype(jnp.float32), values('do')
+  def keys(name):
+    return ins[name][0, at, plan.keys_of(h)]
+  def keys_queries():
+    return jnp.concatenate([keys('k'), keys('q')])
+  def f_of_base():
+    return values('f_base' if rule.delta else 'v').astype(jnp.float32)
+  def state(name):
+    return ins[name][0, h, n]
+  def d_state(name):
+    return outs[name][0, h]
+  dtype = ins['q'].dtype
   a, b, g, from_start, to_end = (
     c.column(i, plan.value_dim)
     for i in (tokens.DECAY, tokens.BETA, tokens.GAMMA, tokens.FROM_START, tokens.TO_END)
@@ -116,81 +126,85 @@ def _chunk(ins, outs, c, n, h, plan):
   e, keep = a * from_start, c.whole_chunk()
   multiply = functools.partial(dot, dtype=dtype)
 
-  kq = jnp.concatenate([k, q])
-  gram = multiply(kq, jnp.concatenate([k, k]), NT)
-  # States and their gradients are read from memory at each use: there are no registers for them.
-  def state(name):
-    return ins[name][0, h, n]
-  def d_state(name):
-    return outs[name][0, h]
+  kq = keys_queries()
+  gram = multiply(kq, jnp.concatenate([keys('k'), keys('k')]), NT)
   kq_base = multiply(kq, state('bases'))
   k_base, q_base = kq_base[:chunk], kq_base[chunk:]
-  k_dbase = multiply(k, d_state('dbase'))
-  kept = _column_sums(d_state('dbase') * state('bases').astype(jnp.float32))
   if rule.residual:
+    yield
     if rule.delta:
       kq_residual = multiply(kq, state('residuals'))
       k_residual, q_residual = kq_residual[:chunk], kq_residual[chunk:]
     else:
-      q_residual = multiply(q, state('residuals'))
-    k_dresidual = multiply(k, d_state('dresidual'))
-    kept += _column_sums(d_state('dresidual') * state('residuals').astype(jnp.float32))
+      q_residual = multiply(keys('q'), state('residuals'))
   yield
 
   # What the forward pass had: U, W and the mask of the clip. Terms of the gates' gradients are
   # added up as soon as they are known, so that few tiles wait for the end.
-  decay_pair = tiles.decay_pair(c, chunk)
-  unit, gate, read_base, read_residual = read_out(c, decay_pair, plan)
-  decay = decay_pair[:, :chunk]
+  decay = tiles.decay_pair(c, chunk)
+  unit, gate, read_base, read_residual = read_out(c, decay, plan)
+  is_second = iota(decay.shape, 1) >= chunk
   unit_scores = unit * gram[chunk:]
   scores = unit_scores * gate
-  px = decay * gram[:chunk, :chunk]
-  do_wide = do.astype(jnp.float32)
-  row_upto, row_before, row_gamma = [read_base * q_base * do_wide], [], []
-  f_base = values('f_base').astype(jnp.float32) if rule.delta else v
+  px = decay * gram[:chunk]
+  decay_px = jnp.where(is_second, px, decay)
+  from_base = read_base * values('do').astype(jnp.float32)
+  row_upto, row_before, row_gamma = [from_base * q_base], [], []
+  f_base = f_of_base()
   u = b * f_base
   uw = u.astype(dtype)
-  k_dbase = to_end * k_dbase
-  carried = u * k_dbase
+  u_to_end = (to_end * u).astype(dtype)
   if rule.residual:
-    residual_row = e * q_residual * do_wide
+    from_residual = read_residual * values('do').astype(jnp.float32)
     if rule.gated:
-      row_upto, row_gamma = [row_upto[0] + g * residual_row], [residual_row]
+      row_upto, row_gamma = [row_upto[0] + from_residual * q_residual], [from_base * q_residual]
     else:
-      row_upto, row_before = [residual_row], row_upto
+      row_upto, row_before = [from_residual * q_residual], row_upto
+    from_residual = from_residual.astype(dtype)
     # As the forward pass rounds it, for the same mask.
     k_base = from_start * k_base
-    p = k_base + predict_within(c, decay_pair, gram[:chunk], f_base.astype(dtype), plan)
+    p = k_base + predict_within(c, decay, gram[:chunk], f_base.astype(dtype), plan)
     yield
-    d = v - p
+    d = values('v').astype(jnp.float32) - p
     clipped = d if rule.clip is None else jnp.clip(d, -rule.clip, rule.clip)
     f_residual = values('f_residual').astype(jnp.float32) if rule.delta else clipped
     w = g * f_residual
     uw = jnp.concatenate([uw, w.astype(dtype)])
-    k_dresidual = to_end * k_dresidual
-    carried = carried + w * k_dresidual
+    w_to_end = (to_end * w).astype(dtype)
   else:
-    unit, unit_scores, scores = unit[:, :chunk], unit_scores[:, :chunk], scores[:, :chunk]
-  row_upto = [row_upto[0] - carried]
-  at_end = _column_sums(carried) + keep * kept
-  d_scores = multiply(do, uw, NT)
-  d_uw = multiply(scores, do, TN)
-  px_t = px.T
+    uw, scores = jnp.concatenate([uw, uw]), scores[:, :chunk]
+  from_base = from_base.astype(dtype)
+  d_scores = multiply(values('do'), uw, NT)
+  d_uw = multiply(scores, values('do'), TN)
+  k_dbase = multiply(keys('k'), d_state('dbase'))
+  kept = _column_sums(d_state('dbase') * state('bases').astype(jnp.float32))
+  if rule.residual:
+    k_dresidual = multiply(keys('k'), d_state('dresidual'))
+    kept += _column_sums(d_state('dresidual') * state('residuals').astype(jnp.float32))
+  px_t = px[:, :chunk].T
   if rule.delta:
     inverse_t = ins['inverse'][0, h, n].astype(jnp.float32).T
   yield
 
+  k_dbase = to_end * k_dbase
+  carried = b * f_of_base() * k_dbase
   du = d_uw[:chunk] + k_dbase
+  u_pair = jnp.concatenate([uw[:chunk], uw[:chunk]])
+  d_px, d_a = [], []
+  if rule.residual:
+    k_dresidual = to_end * k_dresidual
+    carried = carried + g * f_residual * k_dresidual
+  row_upto = [row_upto[0] - carried]
+  at_end = _column_sums(carried) + keep * kept
   read = unit_scores * d_scores
   nq = d_scores * unit * gate
   if rule.residual:
     nq = nq[:, :chunk] + nq[:, chunk:]
     if rule.gated:
-      is_second = iota(read.shape, 1) >= chunk
       row_gamma += [jnp.where(is_second, read, 0.0)]
       tile_upto, tile_before = [read * gate], []
     else:
-      tile_upto, tile_before = [read[:, chunk:]], [read[:, :chunk]]
+      tile_upto, tile_before = [jnp.where(is_second, read, 0.0)], [jnp.where(is_second, 0.0, read)]
     dw = d_uw[chunk:] + k_dresidual
     dz, d_strength = g * dw, dw
     if rule.delta:
@@ -201,9 +215,12 @@ def _chunk(ins, outs, c, n, h, plan):
     dd = dz if rule.clip is None else jnp.where(jnp.abs(d) < rule.clip, dz, 0.0)
     row_before += [-k_base * dd]
     du = du - multiply(px_t, dd)
+    if not rule.delta:
+      d_px = [-multiply(dd, u_pair, NT)]
     yield
   else:
-    tile_upto, tile_before = [read], []
+    nq = nq[:, :chunk]
+    tile_upto, tile_before = [jnp.where(is_second, read, 0.0)], []
     d_gamma = jnp.zeros((chunk, 1), jnp.float32)
   dy, d_strength = b * du, du
   if rule.delta:
@@ -213,47 +230,50 @@ def _chunk(ins, outs, c, n, h, plan):
     k_start = k_base if rule.residual else from_start * k_base
     erased = dy * k_start + dz * from_start * k_residual if rule.residual else dy * k_start
     row_upto = [row_upto[0] - a * erased]
-  d_beta = _row_sums(f_base * d_strength)
+  d_beta = _row_sums(f_of_base() * d_strength)
   dv = dy + dd if rule.residual else dy
   outs['dv'][0, at, plan.values_of(h)] = dv.astype(outs['dv'].dtype)
 
-  # Gradients of the tiles that read the keys: Px by its rows' Gx, A = a Px by their G.
-  u_low = uw[:chunk]
-  d_px, d_a = [], []
+  # Gradients of the tiles that read the keys, [dPx | dPx] times [Lx | Px]: NK and the gradients of
+  # the decays in one. Px counts by its rows' Gx, A = a Px by their G.
   if rule.residual and rule.delta:
-    both = multiply(jnp.concatenate([dd, a * dy]), u_low, NT)
-    d_px, d_a = [-both[:chunk]], [-both[chunk:] - multiply(a * dz, uw[chunk:], NT)]
-  elif rule.residual:
-    d_px = [-multiply(dd, u_low, NT)]
+    both = multiply(jnp.concatenate([dd, a * dy]), u_pair, NT)
+    w_pair = jnp.concatenate([uw[chunk:], uw[chunk:]])
+    d_px, d_a = [-both[:chunk]], [-both[chunk:] - multiply(a * dz, w_pair, NT)]
   elif rule.delta:
-    d_a = [-multiply(a * dy, u_low, NT)]
-  nk = [x * decay for x in (d_px + d_a)]
-  tile_upto += [x * px for x in d_a]
-  tile_before += [x * px for x in d_px]
+    d_a = [-multiply(a * dy, u_pair, NT)]
+  yield
+  d_px, d_a = ([x * decay_px for x in some] for some in (d_px, d_a))
+  nk = [x[:, :chunk] for x in d_px + d_a]
+  tile_upto += [jnp.where(is_second, x, 0.0) for x in d_a]
+  tile_before += [jnp.where(is_second, x, 0.0) for x in d_px]
 
   # Through the keys and queries, and through the states: [dK; dQ] where both meet one operand.
-  from_base = read_base * do_wide
   dx = [-from_start * dd] if rule.residual else []
   dx += [-e * dy] if rule.delta else []
   left = jnp.concatenate([sum(nk), nq]) if nk else nq
-  into_base = jnp.concatenate([sum(dx), from_base]) if dx else from_base
-  meets = kq if nk else q
-  dkq = multiply(left, k) + multiply(into_base, state('bases'), NT)
+  into_base = jnp.concatenate([sum(dx).astype(dtype), from_base]) if dx else from_base
+  meets = keys_queries() if nk else keys('q')
+  dkq = multiply(left, keys('k')) + multiply(into_base, state('bases'), NT)
   dk, dq = dkq[:-chunk], dkq[-chunk:]
-  dk_more = multiply(left, meets, TN) + multiply(to_end * u, d_state('dbase'), NT)
+  dk_more = multiply(left, meets, TN) + multiply(u_to_end, d_state('dbase'), NT)
   dk = dk + dk_more if nk else dk_more
-  new_dbase = multiply(meets, into_base, TN)
-  outs['dbase'][0, h] = jnp.where(keep > 0, keep * d_state('dbase'), 0.0) + new_dbase
+  into = into_base
   if rule.residual:
-    from_residual = read_residual * do_wide
-    into = jnp.concatenate([-e * dz, from_residual]) if rule.delta else from_residual
-    dkq = multiply(into, state('residuals'), NT)
+    yield
+    from_keys = (-e * dz).astype(dtype) if rule.delta else jnp.zeros_like(from_residual)
+    into_residual = jnp.concatenate([from_keys, from_residual])
+    # One product for both states: the keys and queries are transposed once.
+    into = jnp.concatenate([into_base, into_residual], axis=1)
+    into_residual = into_residual if rule.delta else from_residual
+    dkq = multiply(into_residual, state('residuals'), NT)
     dq = dq + dkq[-chunk:]
-    dk = dk + multiply(to_end * w, d_state('dresidual'), NT)
+    dk = dk + multiply(w_to_end, d_state('dresidual'), NT)
     dk = dk + dkq[:chunk] if rule.delta else dk
-    new_dresidual = multiply(kq if rule.delta else q, into, TN)
-    kept_dresidual = jnp.where(keep > 0, keep * d_state('dresidual'), 0.0)
-    outs['dresidual'][0, h] = kept_dresidual + new_dresidual
+  new = multiply(meets, into, TN)
+  for i, name in enumerate(('dbase', 'dresidual')[: 1 + rule.residual]):
+    kept_state = jnp.where(keep > 0, keep * d_state(name), 0.0)
+    outs[name][0, h] = kept_state + new[:, i * plan.value_dim : (i + 1) * plan.value_dim]
   _store_shared(outs['dq'], dq, at, h, plan)
   _store_shared(outs['dk'], dk, at, h, plan)
 
@@ -262,8 +282,8 @@ def _chunk(ins, outs, c, n, h, plan):
   d_before = jnp.zeros((chunk, 1), jnp.float32)
   if rule.residual:
     d_before = _row_sums(*tile_before, *row_before)
-  columns = [_column_sums(x) for x in tile_upto + tile_before]
-  columns = -sum(x if x.shape[1] == chunk else x[:, :chunk] + x[:, chunk:] for x in columns)
+  columns = -_column_sums(sum(tile_upto + tile_before))
+  columns = columns[:, :chunk] + columns[:, chunk:]
   is_last = iota((1, chunk), 1) == chunk - 1
   columns = columns + jnp.where(is_last, _row_sums(at_end), 0.0)
 
