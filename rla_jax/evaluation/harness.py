@@ -169,8 +169,9 @@ def evaluate(
     lm = RlaJaxLM(
       scorer=run.scorer, tokenizer=run.trained.tokenizer, batch_size=settings.batch_size
     )
+    # All metrics are means, whose standard errors need no resampling; 0 would leave them out.
     found = simple_evaluate(
-      lm, tasks=written, limit=settings.limit, log_samples=False, bootstrap_iters=0,
+      lm, tasks=written, limit=settings.limit, log_samples=False, bootstrap_iters=1,
       task_manager=TaskManager(include_path=folder, include_defaults=False),
     )  # fmt: skip
   return [r for task in written for r in _results(found, suite, task)], skipped

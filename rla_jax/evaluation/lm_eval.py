@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   ours, rest = parser.parse_known_args(arguments)
   if {'-h', '--help'} & set(rest):
     print(__doc__)  # the harness prints its own behind it
+  elif rest[:1] not in (['ls'], ['validate']):
+    _check(ours, rest)
   if importlib.util.find_spec('lm_eval') is None:
     sys.exit("error: lm_eval is not installed: pip install 'rla_jax[eval]'")
   from lm_eval.__main__ import cli_evaluate
@@ -53,6 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
       cli_evaluate()
     except (DataError, TrainingError) as error:
       sys.exit(f'error: {error}')
+    except ValueError as error:
+      if not str(error).startswith('Tasks not found'):
+        raise
+      sys.exit(f'error: {error}; `ls tasks` lists those of the harness')
+
+
+def _check(ours: argparse.Namespace, rest: Sequence[str]) -> None:
+  """What the harness would answer with a traceback."""
+  given = {word.partition('=')[0] for word in rest}
+  if ours.workdir is None and not given & {'--model', '-M', '--config', '-C'}:
+    sys.exit('error: neither --workdir nor --model is given')
+  if not given & {'--tasks', '-t', '--config', '-C'}:
+    sys.exit('error: no --tasks are given')
 
 
 if __name__ == '__main__':
