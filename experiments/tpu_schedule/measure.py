@@ -225,8 +225,10 @@ def totals(kernels: list[dict], operators: list[dict]) -> list[dict]:
   by_key = {tuple(row[i] for i in index): row for row in rows}
   for row in rows:
     base = by_key.get((*(row[i] for i in index[:3]), BASE_MODEL.get(row['rule'])), {})
-    for name in PARTS:
-      row[f'{name}_over_base_model'] = round(row[name] / base[name], 2) if base else ''
+    passes = {name: (name,) for name in PARTS} | {'training': ('forward_saving', 'backward')}
+    for name, parts in passes.items():
+      ratio = sum(row[x] for x in parts) / sum(base[x] for x in parts) if base else ''
+      row[f'{name}_over_base_model'] = ratio and round(ratio, 3)
   return rows
 
 

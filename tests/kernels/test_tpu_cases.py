@@ -50,8 +50,18 @@ def check_float32(call, chunk_size):
   harness.assert_within(got, harness.expected(call, cotangents), harness.BARS['float32'])
 
 
-@updates
-@pytest.mark.parametrize('name', sorted(FAST))
+def each_fast_case():
+  """Segments need a program of their own, and differ outside the kernels: one rule by default."""
+  return [
+    pytest.param(
+      name, update,
+      marks=pytest.mark.slow if update == 'additive' and name.startswith('segments') else (),
+    )
+    for name in sorted(FAST) for update in cases.UPDATES
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'update'), each_fast_case())
 def test_float32_with_one_head(name, update):
   check_float32(cases.BY_NAME[name].call(update, **ONE_HEAD), CHUNK)
 

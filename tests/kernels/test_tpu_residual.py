@@ -24,7 +24,7 @@ CASES = {
   'no_decay': {'decay': 0.0, 'strength': 1.0},
   'chunk_64': {'time': 200, 'chunk_size': 64, 'key_dim': 60, 'value_dim': 100},
 }
-FAST = {('rla', 'shared_keys'), ('rdn', 'sum'), ('gdn', 'shared_keys')}
+FAST = {('rdn', 'sum'), ('gdn', 'shared_keys'), ('gla', 'shared_keys')}
 
 
 def each_rule_and_case():
