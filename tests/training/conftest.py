@@ -1,5 +1,6 @@
 """A corpus and a config small enough to train in a second."""
 
+import contextlib
 import random
 
 import jax
@@ -26,18 +27,36 @@ def compile_folder(tmp_path_factory):
   return tmp_path_factory.mktemp('compiled')
 
 
+@contextlib.contextmanager
+def compile_cache(folder):
+  """Compiled programs are read from a folder and written there; from and to nowhere if None."""
+  names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
+  before = [getattr(jax.config, name) for name in names]
+
+  def use(values):
+    for name, value in zip(names, values):
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+  use([folder, 0.0])
+  try:
+    yield
+  finally:
+    use(before)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def compiled_once(compile_folder):
   """Runs of one config share their programs: what is under test is the loop around them."""
-  names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
-  before = [getattr(jax.config, name) for name in names]
-  for name, value in zip(names, (str(compile_folder), 0.0)):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in zip(names, before):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+  with compile_cache(str(compile_folder)):
+    yield
+
+
+@pytest.fixture
+def compiled_anew():
+  """Programs are neither read nor kept: a fault under test must not reach those of other tests."""
+  with compile_cache(None):
+    yield
 
 
 @pytest.fixture

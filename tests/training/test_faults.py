@@ -30,7 +30,7 @@ from tests.training.test_train import records
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
-def test_a_full_disk_is_one_line(config, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line(config, tmp_path, monkeypatch, compiled_anew):
   """Files may not grow beyond 8 kB, as on a full disk: parameters take more, metrics less."""
   config.eval_every = config.log_every = 100
   monkeypatch.setattr(Progress, 'say', lambda self, text: None)  # pytest's capture is a file too.

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from rla_jax.models import PRESETS, LanguageModel, ModelConfig, count_parameters
 from rla_jax.training import train_and_evaluate
@@ -138,7 +137,9 @@ def test_norms_by_group():
   ('attention', 'adamw', {'grad_norm/mixers', 'param_norm/ffn'}),
   pytest.param('rla', 'muon', {'grad_norm/gates', 'gates/alpha/00'}, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_run_with_everything_on(config, tmp_path, monkeypatch, layer, optimizer, told):
+def test_a_run_with_everything_on(
+  config, tmp_path, monkeypatch, compiled_anew, layer, optimizer, told
+):
   """Statistics, two parts a batch, a mean of the parameters, the best checkpoint, W&B, MFU, ..."""
   sent = []
   if layer == 'rla':
@@ -153,13 +154,7 @@ def test_a_run_with_everything_on(config, tmp_path, monkeypatch, layer, optimize
     'optimizer.name': optimizer, 'optimizer.schedule': 'wsd',
     'max_spike': 10.0, 'data.batch_size': 16, 'accumulate': None, 'device_tokens': 16,
   })  # fmt: skip
-  folder = jax.config.jax_compilation_cache_dir
-  compilation_cache.reset_cache()
-  try:
-    outcome = train_and_evaluate(config, tmp_path / 'run')
-  finally:
-    jax.config.update('jax_compilation_cache_dir', folder)
-    compilation_cache.reset_cache()
+  outcome = train_and_evaluate(config, tmp_path / 'run')
   assert list((tmp_path / 'cache').iterdir())
   found = read(tmp_path / 'run' / 'metrics.jsonl')
   assert told <= set(found[1])
