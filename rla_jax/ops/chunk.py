@@ -7,6 +7,9 @@
     [S1 | R1] = carry [S0 | R0] + K_out^T [U | W]                                         (10)
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from rla_jax.ops.gram import Gram
@@ -15,6 +18,20 @@ from rla_jax.ops.state import ResidualState
 from rla_jax.ops.step import clip_residual
 from rla_jax.ops.triangular import solve_with_inverse, unit_lower_inverse
 from rla_jax.shapes import Array
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def scaled_product(scale_C1: Array, x_CK: Array, y_KV: Array, precision) -> Array:
+  """scale (x y), with the derivative of (scale x) y: its transpose does not need x y again."""
+  return scale_C1 * jnp.matmul(x_CK, y_KV, precision=precision)
+
+
+@scaled_product.defjvp
+def _(precision, primals, tangents):
+  (scale_C1, x_CK, y_KV), (d_scale_C1, d_x_CK, d_y_KV) = primals, tangents
+  tangent = jnp.matmul(d_scale_C1 * x_CK + scale_C1 * d_x_CK, y_KV, precision=precision)
+  tangent += jnp.matmul(scale_C1 * x_CK, d_y_KV, precision=precision)
+  return scaled_product(scale_C1, x_CK, y_KV, precision), tangent
 
 
 def inverses(
@@ -60,17 +77,23 @@ def read_out(
 ) -> Array:
   """o of (9), in its variants."""
 
-  def read(within_CC, values_CV, decay, state_KV):
-    inside = jnp.matmul(within_CC, values_CV, precision=precision)
-    return inside + gram.read(gram.query, decay, state_KV, precision)
+  def read(within_CC, values_CV, decay, state_KV, rate_C1=1.0):
+    rows_CK, scale_C1 = gram.query, rate_C1
+    if gram.shared_decay:
+      scale_C1 = rate_C1 * decay
+    else:
+      rows_CK = decay * rows_CK
+    inside_CV = scaled_product(rate_C1, within_CC, values_CV, precision)
+    return inside_CV + scaled_product(scale_C1, rows_CK, state_KV, precision)
 
   if gamma_C is None:
     return read(gram.upto, u_CV, gram.decay_in, state.base)
-  correction_CV = read(gram.upto, w_CV, gram.decay_in, state.residual)
   if options.readout == 'sum':
-    return read(gram.before_plain, u_CV, gram.decay_plain, state.base) + correction_CV
+    prediction_CV = read(gram.before_plain, u_CV, gram.decay_plain, state.base)
+    return prediction_CV + read(gram.upto, w_CV, gram.decay_in, state.residual)
   prediction_CV = read(gram.before, u_CV, gram.decay_in, state.base)
-  return prediction_CV + gamma_C[..., None] * correction_CV
+  gamma_C1 = gamma_C[..., None]
+  return prediction_CV + read(gram.upto, w_CV, gram.decay_in, state.residual, gamma_C1)
 
 
 def carry_state(gram: Gram, state_KV: Array, values_CV: Array, precision) -> Array:
