@@ -12,19 +12,17 @@ def curves(
   x_label: str,
   y_label: str,
   *,
-  log_x: bool = True,
   log_y: bool = False,
   bars: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-  """Draws lines: {name: (x, y)}.
+  """Draws lines, {name: (x, y)}, over an axis that is logarithmic to base 2.
 
   Args:
     output: image file.
     lines: points by the name in the legend.
     x_label: what x is, with its unit.
     y_label: likewise.
-    log_x: whether the axis is logarithmic, to base 2.
-    log_y: likewise.
+    log_y: whether the axis is logarithmic.
     bars: half the length of a bar at every point, for some of the lines.
   """
   pyplot = _pyplot()
@@ -32,8 +30,7 @@ def curves(
   for name, (x, y) in lines.items():
     bar = (bars or {}).get(name)
     axes.errorbar(x, y, bar, marker='o', markersize=3, linewidth=1.2, capsize=3, label=name)
-  if log_x:
-    axes.set_xscale('log', base=2)
+  axes.set_xscale('log', base=2)
   if log_y:
     axes.set_yscale('log')
   axes.set_xlabel(x_label)

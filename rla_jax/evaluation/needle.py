@@ -39,11 +39,11 @@ def evaluate(run: Run, task: str) -> list[Result]:
   if NEEDLES[task].haystack == 'essay':
     essay, origin = read_essay(run)
   tokenizer, rows, found = run.trained.tokenizer, [], []
+
+  def count(text):
+    return len(tokenizer.encode(text)) + 1  # with bos
+
   for length in run.settings.lengths or LENGTHS:
-
-    def count(text):
-      return len(tokenizer.encode(text)) + 1
-
     haystacks = Haystacks(task, length, count, essay)
     rng = np.random.default_rng(length)
     samples = [haystacks.draw(rng) for _ in range(run.settings.limit or SAMPLES)]

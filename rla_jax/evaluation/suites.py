@@ -1,13 +1,10 @@
 """The suites by name, and the one function that runs them on a trained model."""
 
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -26,11 +23,12 @@ from rla_jax.evaluation import (
   wikitext,
 )
 from rla_jax.evaluation.perplexity import Text, TextLoss, text_loss
+from rla_jax.evaluation.provenance import provenance
 from rla_jax.evaluation.results import Result
 from rla_jax.evaluation.run import Run, Settings, Skipped
 from rla_jax.evaluation.scorer import Scorer
 from rla_jax.training.config import check
-from rla_jax.training.trained import TrainedModel, load
+from rla_jax.training.trained import load
 
 # Tasks of each suite.
 SUITES = {
@@ -103,7 +101,11 @@ def run_suites(
   if not found:
     reasons = '; '.join(f'{task}: {reason}' for task, reason in skipped.items())
     raise DataError(f'there is nothing to evaluate on: {reasons}')
-  results.write(folder, found, _record(workdir, trained, settings, skipped))
+  of_run = {
+    'workdir': str(workdir), 'step': trained.step, 'settings': dataclasses.asdict(settings),
+    'skipped': skipped,
+  }  # fmt: skip
+  results.write(folder, found, provenance() | of_run)
   return found, skipped
 
 
@@ -210,24 +212,3 @@ _TASKS: Mapping[str, Callable[[Run], list[Result]]] = {
   },
   'throughput': throughput.evaluate,
 }
-
-
-def _record(workdir, trained: TrainedModel, settings: Settings, skipped: dict) -> dict:
-  packages = ('jax', 'jaxlib', 'flax', 'rla-jax')
-  return {
-    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'command': ' '.join(sys.argv),
-    'workdir': str(workdir),
-    'step': trained.step,
-    'settings': dataclasses.asdict(settings),
-    'device': jax.devices()[0].device_kind,
-    'versions': {name: _version(name) for name in packages},
-    'skipped': skipped,
-  }
-
-
-def _version(package: str) -> str | None:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return None

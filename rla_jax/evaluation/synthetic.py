@@ -5,7 +5,6 @@ State tracking: by length and by position; beyond the length of training it show
 is tracked or remembered.
 """
 
-import dataclasses
 import functools
 import itertools
 
@@ -35,7 +34,7 @@ def evaluate(run: Run, suite: str, task: str) -> list[Result]:
   found, rows = [], []
   corpus = data.load(config)
   for examples in corpus.validation.sets:
-    examples = _first(examples, run.settings.limit)
+    examples = examples.first(run.settings.limit)
     right = correct(run.trained.model, run.trained.params, examples, run.settings.batch_tokens)
     score = float(right[examples.counts].mean())
     name = examples.name.replace(' ', '_')
@@ -95,8 +94,3 @@ def _lines(rows: list[dict]) -> dict[str, tuple[list, list]]:
     x.append((row['first'] + row['last']) / 2 + 1)
     y.append(row['accuracy'])
   return lines
-
-
-def _first(examples: Examples, limit: int | None) -> Examples:
-  parts = {name: getattr(examples, name)[:limit] for name in ('tokens', 'targets', 'counts')}
-  return dataclasses.replace(examples, **parts)

@@ -41,11 +41,6 @@ class ExampleSets:
     """Targets."""
     return sum(int(s.counts.sum()) for s in self.sets)
 
-  @property
-  def num_examples(self) -> int:
-    """Examples."""
-    return sum(map(len, self.sets))
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SyntheticCorpus:
@@ -140,7 +135,7 @@ class SyntheticCorpus:
     sets = self.validation.sets
     if max_tokens is not None:
       share = min(1.0, max_tokens / self.validation.num_tokens)
-      sets = tuple(_first(s, max(1, int(share * len(s)))) for s in sets)
+      sets = tuple(s.first(max(1, int(share * len(s)))) for s in sets)
     batch_size = batch_size or config.batch_size
     return SyntheticEvaluation(sets, batch_size, _rows(batch_size, process_index, process_count))
 
@@ -208,8 +203,3 @@ def _batch(sets, piece, batch_size, length, rows) -> Batch:
     'segment_ids': padded(np.ones(examples.tokens.shape, np.int32)),
     'loss_mask': padded(examples.counts).astype(np.float32),
   }
-
-
-def _first(examples: Examples, count: int) -> Examples:
-  parts = (examples.tokens, examples.targets, examples.counts)
-  return Examples(examples.name, examples.vocab_size, *(x[:count] for x in parts))

@@ -28,6 +28,11 @@ class Examples:
     """N."""
     return len(self.tokens)
 
+  def first(self, count: int | None) -> 'Examples':
+    """The first so many examples; None: all."""
+    parts = {name: getattr(self, name)[:count] for name in ('tokens', 'targets', 'counts')}
+    return dataclasses.replace(self, **parts)
+
 
 def distinct(
   rng: np.random.Generator, rows: int, size: int, among: int

@@ -1,0 +1,52 @@
+"""When, how, at which commit, with which versions and on what a result was measured."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+
+import jax
+
+import rla_jax
+
+_PACKAGES = ('jax', 'jaxlib', 'flax')
+
+
+def provenance() -> dict[str, str | dict[str, str]]:
+  """What a reader needs to know to repeat a measurement of this process."""
+  device = jax.devices()[0]
+  cores = f', {os.cpu_count()} cores' if device.platform == 'cpu' else ''
+  return {
+    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'command': shlex.join(['python', *sys.argv]),
+    'commit': commit() or 'unknown',
+    'device': device.device_kind + cores,
+    'versions': {
+      'rla_jax': rla_jax.__version__,
+      'python': platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    },
+  }
+
+
+def commit() -> str | None:
+  """Commit of the checkout that this file belongs to, with `-dirty` if it was changed since.
+
+  None: the package is installed without its history.
+  """
+
+  def git(*words):
+    command = ['git', '-C', str(pathlib.Path(__file__).parent), *words]
+    try:
+      done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+      return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+  # An environment inside somebody else's checkout is not what that commit tells of.
+  mine = git('ls-files', '--error-unmatch', pathlib.Path(__file__).name)
+  return git('describe', '--always', '--dirty', '--exclude=*') if mine else None
