@@ -18,23 +18,25 @@ def get_config(arguments: str = 'rdn,needle_s1'):
   """The config of a mixer on a task.
 
   Args:
-    arguments: 'MIXER' or 'MIXER,TASK', a layer and a task of `NEEDLES`.
+    arguments: 'MIXER', 'MIXER,TASK' or 'MIXER,TASK,small': a layer, a task of `NEEDLES`.
 
   Raises:
-    ValueError: an unknown mixer or task.
+    ValueError: an unknown mixer, task or third word.
   """
-  mixer, _, task = arguments.partition(',')
-  task = task or 'needle_s1'
+  mixer, *words = arguments.split(',')
+  task, *rest = words or ['needle_s1']
   if mixer not in registry.LAYERS:
     raise ValueError(f'unknown mixer {mixer!r}; expected one of {", ".join(registry.LAYERS)}')
   if task not in NEEDLES:
     raise ValueError(f'unknown task {task!r}; expected one of {", ".join(NEEDLES)}')
+  if rest not in ([], ['small']):
+    raise ValueError(f'the config string is {arguments!r}; expected MIXER,TASK or with ,small')
   c = get_base_config()
   c.steps = 3000
   c.model.num_layers = 4
   c.model.model_dim = 256
   c.model.ffn_dim = 512
-  c.model.num_heads = 4
+  c.model.num_heads = 8  # many, since few begin with a memory of hundreds of bytes
   c.model.head_dim = 64
   c.model.pattern = (mixer,)
   c.model.remat = 'none'
@@ -47,4 +49,14 @@ def get_config(arguments: str = 'rdn,needle_s1'):
   c.optimizer.warmup_steps = 100
   c.log_every = 50
   c.eval_every = c.checkpoint_every = 500
+  if rest:
+    c.model.num_layers = 2
+    c.model.model_dim = 64
+    c.model.ffn_dim = 128
+    c.model.head_dim = 32
+    c.model.chunk_size = 16  # short chunks are fastest on a CPU
+    c.model.dtype = 'float32'  # CPUs have no fast bfloat16
+    c.data.seq_len = 768
+    c.data.batch_size = 16
+    c.optimizer.learning_rate = 4e-3
   return c

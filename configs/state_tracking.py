@@ -26,7 +26,8 @@ def get_config(arguments: str = 'rdn,parity'):
   Raises:
     ValueError: an unknown mixer, task or third word; a mixer without beta for 'negative'.
   """
-  mixer, task, *rest = (*arguments.split(','), 'parity')[: max(2, arguments.count(',') + 1)]
+  mixer, *words = arguments.split(',')
+  task, *rest = words or ['parity']
   if mixer not in registry.LAYERS:
     raise ValueError(f'unknown mixer {mixer!r}; expected one of {", ".join(registry.LAYERS)}')
   if task not in TASKS or rest not in ([], ['negative']):

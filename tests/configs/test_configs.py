@@ -47,6 +47,36 @@ def test_config_lists_every_key_and_builds(path):
     assert parameters > 0
 
 
+@pytest.mark.parametrize(
+  ('name', 'words'),
+  [
+    ('mqar', 'rla_equal_state,128'), ('needle', 'gdn,needle_s2'), ('needle', 'rdn,needle_s1,small'),
+    ('state_tracking', 'delta_net,parity,negative'),
+  ],
+)  # fmt: skip
+def test_words_behind_the_file_choose_among_configs(name, words):
+  get_config = load(ROOT / 'configs' / f'{name}.py')['get_config']
+  config = get_config(words)
+  check(config)
+  assert leaves(config) != leaves(get_config())
+  assert count_parameters(model_config(config, vocab_size=258)) < 1e7
+
+
+@pytest.mark.parametrize(
+  ('name', 'words', 'message'),
+  [
+    ('mqar', 'rdm', "unknown mixer 'rdm'; expected one of attention, "),
+    ('mqar', 'rdn,65', "the width is '65'; expected a multiple of 32"),
+    ('needle', 'rdn,needle', "unknown task 'needle'; expected one of needle_s1, "),
+    ('needle', 'rdn,needle_s1,big', 'expected MIXER,TASK or with ,small'),
+    ('state_tracking', 'rdn,sum', 'expected MIXER,TASK or with ,negative'),
+  ],
+)
+def test_wrong_words_are_one_line(name, words, message):
+  with pytest.raises(ValueError, match=message):
+    load(ROOT / 'configs' / f'{name}.py')['get_config'](words)
+
+
 @pytest.mark.parametrize('name', sorted(BILLIONS))
 def test_the_paper_s_settings(name):
   c = load(ROOT / 'configs' / f'{name}.py')['get_config']()

@@ -97,14 +97,14 @@ def test_examples_to_train_on(monkeypatch):
   assert data.tokenizer_of(config).name == 'byte'
   (examples,) = corpus.train.sets
   for row in range(3):
-    count = examples.counts[row]
-    answer = examples.targets[row][count]
-    assert answer[-1] == corpus.tokenizer.eos_id
-    text = corpus.tokenizer.decode(answer[:-1])
-    assert re.fullmatch(r' \d{7}', text)
-    first = int(count.argmax())
-    assert corpus.tokenizer.decode(examples.tokens[row, 1 : first + 1]).endswith('text is')
-    assert (examples.tokens[row, first + 1 : first + 9] == answer[:-1]).all()
+    size = int(examples.counts[row].sum())
+    assert examples.counts[row, :size].all() and size <= 700
+    tokens, targets = examples.tokens[row, :size], examples.targets[row, :size]
+    assert tokens[0] == corpus.tokenizer.bos_id and targets[-1] == corpus.tokenizer.eos_id
+    assert (tokens[1:] == targets[:-1]).all()
+    text = corpus.tokenizer.decode(targets[:-1])
+    needle, answer = re.search(r'is: (\d{7})\.', text), re.search(r'text is (\d{7})$', text)
+    assert needle[1] == answer[1]
   assert [s.tokens.shape for s in corpus.validation.sets] == [(2, 700), (2, 1400)]
   with pytest.raises(DataError, match='expected at least'):
     data.load(DataConfig(path='needle_s1', format='synthetic', seq_len=64))
