@@ -66,29 +66,26 @@ def test_gate_statistics_are_what_they_say():
   ids = jnp.asarray([[0] * 12, [0] * 5 + [1] * 7])
   params = jax.jit(model.init)(jax.random.key(0), tokens)['params']
   batch = {'tokens': tokens, 'targets': tokens, 'segment_ids': ids, 'loss_mask': jnp.ones((2, 12))}
-  calls = []
+  names = {'alpha', 'beta', 'gamma', 'clipped', 'base_norm', 'residual_norm'}
   with pytest.MonkeyPatch.context() as patch:
     from rla_jax.layers import recurrent
 
     original = recurrent.recurrence_statistics
 
-    def watched(s, recur, heads, gates):
-      found = original(s, recur, heads, gates)
-      jax.debug.callback(lambda *x: calls.append(x), heads, gates, found)
-      return found
+    def with_inputs(s, recur, heads, gates):
+      inputs = heads | dict(zip(('log_decay', 'beta', 'gamma'), gates))
+      return original(s, recur, heads, gates) | {f'of {name}': x for name, x in inputs.items()}
 
-    patch.setattr(recurrent, 'recurrence_statistics', watched)
+    patch.setattr(recurrent, 'recurrence_statistics', with_inputs)
     found = jax.device_get(jax.jit(lambda p, b: gate_statistics(model, p, b))(params, batch))
-    jax.effects_barrier()
-  names = {'alpha', 'beta', 'gamma', 'clipped', 'base_norm', 'residual_norm'}
-  assert set(found) == {f'gates/{name}/{layer:02d}' for name in names for layer in (0, 1)}
-  assert len(calls) == 2
-  for heads, gates, values in calls:
-    log_decay, beta, gamma = map(np.asarray, gates)
+  for layer, update in enumerate(('delta', 'additive')):
+    values = {path.split('/')[1]: x for path, x in found.items() if path.endswith(f'/{layer:02d}')}
+    assert names == {name for name in values if not name.startswith('of ')}
+    heads = {name: values[f'of {name}'] for name in 'qkv'}
+    log_decay, beta, gamma = (values[f'of {name}'] for name in ('log_decay', 'beta', 'gamma'))
     assert values['alpha'] == pytest.approx(np.exp(log_decay).mean(), rel=1e-5)
     assert values['beta'] == pytest.approx(beta.mean(), rel=1e-5)
     assert values['gamma'] == pytest.approx(gamma.mean(), rel=1e-5)
-    update = 'delta' if values['alpha'] == pytest.approx(found['gates/alpha/00']) else 'additive'
     clipped, base, residual = by_hand(update, heads, log_decay, beta, gamma, np.asarray(ids))
     assert 0 < clipped < 1
     assert values['clipped'] == pytest.approx(clipped)
