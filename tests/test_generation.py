@@ -1,5 +1,8 @@
 """Generation: equals the whole-sequence model, whatever the chunks, blocks and neighbours."""
 
+import dataclasses
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +94,22 @@ def test_first_tokens_follow_the_models_distribution(params):
   frequency = np.bincount(got, minlength=VOCABULARY) / rows
   deviation = np.sqrt(probability * (1 - probability) / rows)
   assert (np.abs(frequency - probability) < 5 * deviation + 1e-3).all()
+
+
+def test_32k_tokens_need_no_more_memory_than_the_first():
+  """What the process holds after every block, and the cache of a recurrent layer by length."""
+  model = LanguageModel(dataclasses.replace(MODEL.config, num_layers=1, pattern=('rdn',)))
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  held, made = [], 0
+  for block in stream(model, params, PROMPTS, 2**15, temperature=0, block=4096, prefill_chunk=8):
+    made += block.shape[1]
+    held.append(sum(x.nbytes for x in jax.live_arrays()))
+  assert made == 2**15
+  assert max(held) <= held[0]
+  short, long = (jax.eval_shape(lambda n=n: model.init_cache(3, n)) for n in (1, 2**15))
+  assert short == long
+  grown = (jax.eval_shape(lambda n=n: MODEL.init_cache(3, n)) for n in (1, 2**15))
+  assert operator.ne(*grown)  # as it does where a layer is attention
 
 
 BAD = [
