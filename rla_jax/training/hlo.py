@@ -50,7 +50,7 @@ class Instruction:
       return int(iota[1])
     if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', self.text):
       return listed[1].count(',') + 1
-    if axes := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', self.text):
+    if axes := re.search(_MESH_AXES, self.text):
       sizes_of = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
       return math.prod(int(sizes_of[name]) for name in re.findall(r"'(\w+)'", axes[2]))
     return 0
@@ -124,6 +124,7 @@ _LINE = re.compile(
   r'\s+(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][\w-]*)\((?P<rest>.*)'
 )
 _SHAPE = re.compile(r'[a-z]+\d*\[[\d,]*\]')
+_MESH_AXES = r'replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}'
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:

@@ -74,6 +74,12 @@ source_target_pairs={{0,1},{1,0}}
   assert [x.name for x in hlo.kernel_calls(module)] == ['kernel.1']
 
 
+@pytest.mark.parametrize('ids', ['', ', device_ids=([4,2]T(1,0))'])
+def test_devices_of_a_mesh_that_communicate(ids):
+  text = f"replica_groups=mesh['axis_0'=2,'axis_1'=4]{ids} {{'axis_1'}}, dimensions={{0}}"
+  assert hlo.Instruction('gather', 'all-gather', (), (), 1, text).group == 4
+
+
 def test_a_sum_of_which_each_device_keeps_a_slice_is_a_reduce_scatter():
   """As the TPU compiler fuses it: the all-reduce runs nowhere else."""
   module = """HloModule jit_f, is_scheduled=true

@@ -1,0 +1,28 @@
+"""Residual Delta Net (RDN), 0.34 B parameters, 7 B tokens: a model for one node of GPUs.
+
+Reproduces: nothing of the paper; it is the model of the scaling measurements in docs/training.md.
+Command: python experiments/train.py --config=configs/rdn_350m.py --workdir=runs/rdn_350m
+  --config.data.path, validation_path and tokenizer say where your text is.
+Hardware: meant for one to eight GPUs of 40 GB or more; --config.device_tokens trades memory for
+  speed.
+Wall time: not yet run.
+Result: not yet run.
+"""
+
+from rla_jax.training.paper import get_paper_config
+
+
+def get_config():
+  """24 layers of width 1024 and 20 tokens a parameter, in steps of half a million."""
+  c = get_paper_config('rdn_1p5b')
+  c.model.vocab_size = 32_768
+  c.model.num_layers = 24
+  c.model.model_dim = 1024
+  c.model.ffn_dim = 2048
+  c.model.num_heads = 8
+  c.data.batch_size = 128
+  c.steps = 13_000
+  c.optimizer.learning_rate = 6e-4
+  c.optimizer.final_learning_rate = 6e-5
+  c.optimizer.warmup_steps = 500
+  return c

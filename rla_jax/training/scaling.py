@@ -1,0 +1,110 @@
+"""Tokens a second of the training step on a mesh of attached devices, without data and loop.
+
+The rows for each place of data and fsdp are given: along these axes a device's work stays the same,
+along seq and tensor the batch does. Either way n devices are at best n times as fast as one.
+"""
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rla_jax.models import LanguageModel
+from rla_jax.training import ahead_of_time
+from rla_jax.training.config import model_config, settled
+from rla_jax.training.feed import to_devices
+from rla_jax.training.optimizer import make_optimizer
+from rla_jax.training.state import abstract_state, create_state
+from rla_jax.training.utilisation import peak_of, training_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+  """Of a training step.
+
+  Attributes:
+    rows: of a batch.
+    accumulate: parts that it is cut into.
+    seconds: a step, the median over the rounds.
+    tokens_per_second: on all devices together.
+    mfu: by the formula of `utilisation.py`; None: the devices' peak rate is not known.
+    memory: bytes that the step needs on each device.
+  """
+
+  rows: int
+  accumulate: int
+  seconds: float
+  tokens_per_second: float
+  mfu: float | None
+  memory: int
+
+
+def measure(
+  config: ConfigDict, mesh: Mesh, rows: int, steps: int = 10, rounds: int = 3
+) -> Speed | None:
+  """Compiles the training step for a mesh, and calls it on random tokens; a row is one document.
+
+  Args:
+    config: the whole config, with the size of the vocabulary; mesh and batch size are not read.
+    mesh: from `sharding.make_mesh`, of attached devices.
+    rows: for each place of data and fsdp.
+    steps: of a round, of which there is one more to warm up.
+    rounds: that are timed.
+
+  Returns:
+    What was measured; None if the step does not fit the devices.
+
+  Raises:
+    ValueError: the mesh does not divide an array.
+  """
+  config = config.copy_and_resolve_references()
+  config.data.batch_size = rows * mesh.shape['data'] * mesh.shape['fsdp']
+  config = settled(config, mesh)
+  try:
+    times, memory = _times(config, mesh, steps, rounds)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return None
+  seconds = statistics.median(times)
+  tokens, peak = config.data.batch_size * config.data.seq_len, peak_of(mesh.devices.flat[0])
+  mfu = None
+  if peak is not None:
+    model = model_config(config, config.model.vocab_size)
+    work = tokens * training_flops(model, config.data.seq_len)
+    mfu = work / (seconds * mesh.size * peak.flops)
+  return Speed(
+    config.data.batch_size, config.accumulate, seconds, tokens / seconds, mfu, memory
+  )
+
+
+def _times(config, mesh, steps, rounds):
+  """Seconds a step in each round, and the bytes that a step needs."""
+  compiled = ahead_of_time.lower(ahead_of_time.trace_training_step(config, mesh), mesh).compile()
+  batch = _random_batch(config, mesh)
+  with jax.set_mesh(mesh):
+    model = LanguageModel(model_config(config, config.model.vocab_size))
+    optimizer = make_optimizer(config)
+    abstract = abstract_state(model, optimizer, mesh, config)
+    state = create_state(model, optimizer, abstract, config.seed, config)
+  times = []
+  for _ in range(1 + rounds):
+    begin = time.perf_counter()
+    for _ in range(steps):
+      state, result = compiled(state, batch)
+    jax.block_until_ready(result)
+    times.append((time.perf_counter() - begin) / steps)
+  return times[1:], ahead_of_time.memory(compiled)
+
+
+def _random_batch(config, mesh):
+  shape = config.data.batch_size, config.data.seq_len
+  tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+  return to_devices({
+    'tokens': tokens, 'targets': np.roll(tokens, -1, axis=1),
+    'segment_ids': np.zeros(shape, np.int32), 'loss_mask': np.ones(shape, np.float32),
+  }, mesh)  # fmt: skip

@@ -1,0 +1,63 @@
+"""The speed of a step on several meshes, and the program that tabulates it."""
+
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from rla_jax import sharding
+from rla_jax.training import scaling
+from rla_jax.training.config import model_config
+from rla_jax.training.utilisation import PEAKS, training_flops
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_a_device_keeps_its_rows(config, monkeypatch):
+  config.model.vocab_size = 64
+  peak = PEAKS['NVIDIA H200']
+  monkeypatch.setitem(PEAKS, jax.devices()[0].device_kind, peak)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  found = scaling.measure(config, mesh, rows=3, steps=2, rounds=1)
+  assert (found.rows, found.accumulate) == (3 * 2 * 2, 1)
+  assert found.tokens_per_second == pytest.approx(12 * 16 / found.seconds)
+  work = training_flops(model_config(config, 64), 16) * found.tokens_per_second
+  assert found.mfu == pytest.approx(work / (8 * peak.flops))
+  assert 1e4 < found.memory < 1e8
+  assert config.data.batch_size == 8  # The caller's config is as it was.
+
+
+@pytest.mark.slow
+def test_the_program_measures_what_is_missing(tmp_path):
+  table = tmp_path / 'scaling.csv'
+  command = [
+    sys.executable, 'experiments/scaling.py', '--config=configs/quickstart.py', f'--csv={table}',
+    '--layout=data=-1', '--layout=seq=-1', '--steps=1', '--rows=1', '--vocab_size=64',
+    '--config.model.num_layers=1', '--config.model.model_dim=32', '--config.data.seq_len=64',
+  ]  # fmt: skip
+  environment = {
+    **os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'
+  }  # fmt: skip
+
+  def rows(*more):
+    subprocess.run([*command, *more], cwd=ROOT, env=environment, check=True, capture_output=True)
+    with table.open() as file:
+      return list(csv.DictReader(file))
+
+  first = rows('--devices=1,2')
+  assert [(x['data'], x['seq'], x['rows']) for x in first] == [
+    ('1', '1', '1'), ('2', '1', '2'), ('1', '2', '1')
+  ]  # fmt: skip
+  for row in first:
+    count = int(row['data']) * int(row['seq'])
+    rate = float(row['tokens_per_second'])
+    assert float(row['efficiency']) == pytest.approx(
+      rate / (count * float(first[0]['tokens_per_second']))
+    )
+  again = rows()
+  assert again[:3] == first
+  assert [(x['data'], x['seq']) for x in again[3:]] == [('4', '1'), ('1', '4')]
