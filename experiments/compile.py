@@ -3,11 +3,12 @@
   python experiments/compile.py --config=configs/rdn_1p5b.py --topology=v5e:16x16
   python experiments/compile.py --config=configs/rdn_1p5b.py --topology=v5p:4x4x4 \
       --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.accumulate=2
+  python experiments/compile.py --config=configs/rdn_350m.py --topology=h200:8
   python experiments/compile.py --config=configs/quickstart.py --topology=attached
 
 Prints memory, products, communication and a lower bound of the time of a step, each on one device.
-A layout that does not fit ends with exit status 1, and with the nearest one that does. TPU
-topologies need no TPU, only the package of `pip install rla-jax[tpu]`; nothing is run.
+A layout that does not fit ends with exit status 1, and with the nearest one that does. No TPU is
+needed, only the package of `pip install rla-jax[tpu]`, and no GPU, only [cuda]; nothing is run.
 
 Several layouts for several slices, and a CSV of them; layouts that do not fit are rows as well:
 
@@ -24,13 +25,12 @@ import pathlib
 
 from absl import flags
 
-from rla_jax.training.command_line import define_config, run
-from rla_jax.training.errors import ConfigError
+from rla_jax.training.command_line import define_config, run, sizes_of
 
 _CONFIG = define_config()
 _TOPOLOGY = flags.DEFINE_list(
-  'topology', None, 'TPU slices such as v5e:16x16, v5p:4x4x4, v6e:16x16; or attached: the devices '
-  'of this process.', required=True,
+  'topology', None, 'TPU slices such as v5e:16x16, v5p:4x4x4, v6e:16x16; GPUs such as h200:8, or '
+  'h200:4x8 for four nodes; or attached: the devices of this process.', required=True,
 )  # fmt: skip
 _VOCABULARY = flags.DEFINE_integer(
   'vocab_size', 32_000, 'Size of the vocabulary, unless the config says it.'
@@ -78,25 +78,10 @@ def main(_):
   return 1 if missing else 0
 
 
-def sizes_of(layout: str) -> dict[str, int]:
-  """Sizes of all axes of a layout written as fsdp=-1,tensor=2.
-
-  Raises:
-    ConfigError: it is not written so.
-  """
-  sizes = dict.fromkeys(('data', 'fsdp', 'seq', 'tensor'), 1)
-  try:
-    given = {axis: int(size) for axis, size in (part.split('=') for part in layout.split(','))}
-  except ValueError:
-    given = {layout: 1}
-  if not set(given) <= set(sizes):
-    raise ConfigError(f'--layout is {layout!r}; expected axis=size, of {list(sizes)}, with commas')
-  return sizes | given
-
-
 def write(path: pathlib.Path, topology: str, row: dict[str, object]) -> None:
   """Puts a row into the file, in the place of one of the same config, slice and layout."""
-  versions = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu'))
+  compiler = 'libtpu' if topology.startswith('v') else 'jaxlib'
+  versions = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', compiler))
   row = {'config': flags.FLAGS['config'].config_filename, 'topology': topology} | {
     name: f'{value:.4g}' if isinstance(value, float) else str(value) for name, value in row.items()
   } | {'date': datetime.date.today().isoformat(), 'versions': versions}  # fmt: skip

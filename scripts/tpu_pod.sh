@@ -6,9 +6,12 @@
 # The slice exists (gcloud compute tpus tpu-vm create), and this repository lies in ~/rla_jax of each
 # host with its environment: pip install -e '.[train,tpu]'. Working directory, text and cache lie where
 # all hosts mount them: Filestore, or a bucket through Cloud Storage FUSE.
+#
+# Two copies of what fsdp splits: over a whole slice, the TPU compiler sums gradients on every chip
+# instead of scattering them (docs/training.md). For fewer than 16 chips, take mesh.data=1.
 set -euo pipefail
 slice=$1 zone=$2 config=$3 workdir=$4
 shift 4
 exec gcloud compute tpus tpu-vm ssh "$slice" --zone="$zone" --worker=all --command="
   cd ~/rla_jax && exec python experiments/train.py --distributed \
-    --config='$config' --workdir='$workdir' --config.mesh.data=1 --config.mesh.fsdp=-1 $(printf '%q ' "$@")"
+    --config='$config' --workdir='$workdir' --config.mesh.data=2 --config.mesh.fsdp=-1 $(printf '%q ' "$@")"

@@ -14,9 +14,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rla_jax.data import DataError
+from rla_jax.sharding import AXES
 from rla_jax.training import distributed
 from rla_jax.training.config import get_config, leaves
-from rla_jax.training.errors import TrainingError
+from rla_jax.training.errors import ConfigError, TrainingError
 
 flags.disclaim_key_flags()  # --help lists --config among the flags of the program that defines it.
 
@@ -57,6 +58,22 @@ def unknown_key(path: str, config: ConfigDict) -> str:
     near = [by_name[n] for n in difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)]
   hint = f'did you mean {near[0]!r}?' if near else f'the keys are: {", ".join(known)}'
   return f'unknown config key {path!r}; {hint}'
+
+
+def sizes_of(layout: str) -> dict[str, int]:
+  """Sizes of all mesh axes of a layout that a flag writes as fsdp=-1,tensor=2; others are 1.
+
+  Raises:
+    ConfigError: it is not written so.
+  """
+  sizes = dict.fromkeys(AXES, 1)
+  try:
+    given = {axis: int(size) for axis, size in (part.split('=') for part in layout.split(','))}
+  except ValueError:
+    given = {layout: 1}
+  if not set(given) <= set(sizes):
+    raise ConfigError(f'--layout is {layout!r}; expected axis=size, of {list(sizes)}, with commas')
+  return sizes | given
 
 
 def _parse(argv):

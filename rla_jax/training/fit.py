@@ -154,14 +154,11 @@ def measure(config: ConfigDict, mesh: Mesh, peak: Peak | None = None) -> Fit:
       raise
     needed = round(float(used[1]) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[used[2]])
     return Fit(**found, needed=needed, communication=None)
-  memory = compiled.memory_analysis()
-  needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes - memory.alias_size_in_bytes)  # fmt: skip
   communication = {}
   for one in hlo.collectives(compiled.as_text()):
     times, size = communication.get(one.op, (0, 0))
     communication[one.op] = times + (one.times or 1), size + (one.times or 1) * one.bytes
-  return Fit(**found, needed=needed, communication=communication)
+  return Fit(**found, needed=ahead_of_time.memory(compiled), communication=communication)
 
 
 def nearest(config: ConfigDict, devices, failed: Fit, tries: int = 4) -> Fit | None:

@@ -12,19 +12,21 @@ class StopRequest:
   """Context in which SIGTERM and SIGINT set `name`; a second SIGINT interrupts at once.
 
   With many processes, JAX takes SIGTERM: whichever process gets it, all learn of it, and agree on
-  a step that none of them has passed.
+  a call of `asked` that none of them has come to.
   """
 
   def __init__(self):
     """Nothing has been asked for yet."""
     self.name: str | None = None
     self._previous = {}
-    self._shared = False
+    self._shared, self._calls = False, 0
 
-  def reached(self, step: int) -> bool:
-    """Whether to stop before the step of this number; to be asked once a step, on all processes."""
-    if self._shared and multihost_utils.reached_preemption_sync_point(step):
-      self.name = 'SIGTERM'
+  def asked(self) -> bool:
+    """Whether to stop here; every process has to call it at the same places."""
+    if self._shared and not self:
+      self._calls += 1
+      if multihost_utils.reached_preemption_sync_point(self._calls):
+        self.name = 'SIGTERM'
     return bool(self)
 
   def __enter__(self):

@@ -120,13 +120,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> Outcom
         number = start
         while True:
           evaluation = None
-          stop.reached(number)
+          stop.asked()
           # What is due between steps; after a restart, also what its predecessor did not get to.
           if is_due(number, config.eval_every, config.steps) and number > 0 and not stop:
             report.wait()
             watchdog.beat(f'step {number}')
             evaluation = evaluate(
-              evaluation_step, state.evaluated, held_out, mesh, lambda: bool(stop), watchdog.beat
+              evaluation_step, state.evaluated, held_out, mesh, stop.asked, watchdog.beat
             )
             report.evaluated(number, evaluation)
           if number > start and (is_due(number, config.checkpoint_every, config.steps) or stop):

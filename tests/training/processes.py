@@ -79,11 +79,11 @@ def end(started, timeout=120) -> list[tuple[int, str, str]]:
       process.kill()
 
 
-def wait_for(process, line) -> None:
-  """Reads the process's output until it has printed a line that begins so."""
+def wait_for(process, line) -> str:
+  """Reads the process's output up to a line that begins so, and returns that line."""
   for found in process.stdout:
     if found.startswith(line):
-      return
+      return found
   raise AssertionError(f'{line!r} never came: {process.stderr.read()}')
 
 

@@ -69,14 +69,14 @@ def test_the_watchdog_bites_once_nothing_happens(monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_a_step_that_hangs_ends_the_process(config, tmp_path):
-  config.watchdog_seconds = 1.0
-  hook = 'time.sleep(100 if number == 3 else 0)'
+  config.watchdog_seconds = 3.0
+  hook = 'time.sleep(100 if number == 3 else 0)'  # Before the loop takes note of step 3.
   (process,) = processes.start(config, tmp_path / 'run', devices=1, hook=hook)
   ((status, output, errors),) = processes.end([process])
   assert 'step 3' in output
   assert status == STUCK
   assert processes.last_line(errors) == (
-    'error: nothing has happened for 1 s (watchdog_seconds) after step 3; '
+    'error: nothing has happened for 3 s (watchdog_seconds) after step 2; '
     'the same command goes on from the newest checkpoint'
   )
   assert 'train_and_evaluate' in errors
@@ -183,23 +183,26 @@ def test_200_flipped_bits_of_the_text_are_noticed(config, tmp_path, text_dir):
 
 @pytest.mark.slow
 def test_20_random_kills_end_where_an_undisturbed_run_does(config, tmp_path):
-  config.steps, config.checkpoint_every, config.eval_every = 400, 10, 400
+  config.steps, config.checkpoint_every, config.eval_every = 600, 10, 600
   config.log_every = 10
   rng = random.Random(0)
   reached, lost = 0, []
   for _ in range(20):
     hook = 'time.sleep(0.02)'
     (process,) = processes.start(config, tmp_path / 'run', devices=1, hook=hook)
-    processes.wait_for(process, 'step')
-    time.sleep(rng.uniform(0, 0.8))
+    first = int(processes.wait_for(process, 'step').split()[1])
+    last = first + rng.randrange(1, 25)
+    processes.wait_for(process, f'step {last}\n')
+    time.sleep(rng.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
     output = process.communicate()[0]
     starts = [json.loads(x)['step']
               for x in (tmp_path / 'run' / 'starts.jsonl').read_text().splitlines()]  # fmt: skip
-    assert starts[-1] <= reached
+    assert starts[-1] == first - 1 <= reached
     lost.append(reached - starts[-1])
-    reached = max([starts[-1] + 1, *(int(x.split()[1]) for x in output.splitlines() if x)])
+    reached = max([last, *(int(x.split()[1]) for x in output.splitlines() if x)])
   assert max(lost) <= 2 * config.checkpoint_every  # One interval, and the save that was under way.
+  assert reached > 5 * config.checkpoint_every
   print(f'20 kills, up to step {reached}; steps lost at each: {lost}')
   ends = []
   for name in ('run', 'whole'):

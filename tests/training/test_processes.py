@@ -19,6 +19,20 @@ ONE_IS_TERMINATED = """
     os.kill(os.getpid(), signal.SIGTERM)
 """
 
+ONE_IS_TERMINATED_IN_AN_EVALUATION = """
+  if number == 4:
+    def evaluate(evaluation_step, *args, original=train.evaluate):
+      def slow_step(*args):
+        time.sleep(0.3)
+        return evaluation_step(*args)
+
+      if os.environ['PROCESS'] == '1':
+        os.kill(os.getpid(), signal.SIGTERM)
+      return original(slow_step, *args)
+
+    train.evaluate = evaluate
+"""
+
 
 @pytest.fixture
 def config(config):
@@ -43,6 +57,18 @@ def test_sigterm_of_one_stops_all_and_one_process_goes_on_to_the_same_end(config
   assert resumed.evaluation.loss == pytest.approx(whole.evaluation.loss, rel=1e-6)
   steps = [r['step'] for r in records(tmp_path / 'run')]
   assert steps == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_sigterm_of_one_in_an_evaluation_breaks_it_off_on_all(config, tmp_path):
+  config.eval_every = 5
+  hook = ONE_IS_TERMINATED_IN_AN_EVALUATION
+  started = processes.start(config, tmp_path / 'run', count=2, hook=hook)
+  for status, output, errors in processes.end(started):
+    assert status == 0, errors
+    assert 'ended 5 SIGTERM None' in output
+  assert (tmp_path / 'run' / 'checkpoints' / '00000005').is_dir()
+  assert 'eval/loss' not in records(tmp_path / 'run')[-1]
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """The launch scripts: sound shell, and only flags and keys that there are."""
 
+import csv
 import pathlib
 import re
 import subprocess
 
 import pytest
 
+from rla_jax.sharding import AXES
 from rla_jax.training.config import get_config, leaves
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+SIZES = 'memory_gb', 'of_gb', 'all_gather_gb', 'reduce_scatter_gb', 'all_reduce_gb'
 SCRIPTS = sorted((ROOT / 'scripts').iterdir())
 
 
@@ -20,6 +23,20 @@ def test_script(path):
   keys = re.findall(r'--config\.([\w.]+)=', text)
   assert set(keys) <= set(leaves(get_config()))
   assert ('--distributed' in text) == (path.name != 'gpu_node.sh')
+
+
+def test_the_page_s_table_is_the_compiler_s():
+  text = (ROOT / 'docs' / 'training.md').read_text()
+  with (ROOT / 'experiments' / 'results' / 'compile' / 'rdn_1p5b.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  wanted = []
+  for row in rows:
+    axes = ', '.join(f'{axis} {row[axis]}' for axis in AXES if row[axis] != '1')
+    sizes = [f'{float(row[name]):.1f}' for name in SIZES]
+    times = [f'{float(row["links_seconds"]):.3f}', f'{float(row["bound_seconds"]):.2f}']
+    cells = [row['topology'], axes, *sizes, *times, f'{100 * float(row["mfu_bound"]):.0f} %']
+    wanted.append(f'| {" | ".join(cells)} |')
+  assert sorted(re.findall(r'^\| v\d\w+:.*$', text, re.MULTILINE)) == sorted(wanted) != []
 
 
 def test_the_page_names_files_that_exist():

@@ -124,6 +124,25 @@ def test_evaluation_that_a_signal_broke_off_is_made_up_for(
   assert records(tmp_path / 'parts') == records(tmp_path / 'whole')
 
 
+@pytest.mark.parametrize('phase', ['create_state', 'compile_step'])
+def test_a_signal_before_the_first_step_leaves_nothing_that_misleads(
+  whole, config, tmp_path, monkeypatch, phase
+):
+  original = getattr(train_module, phase)
+
+  def signalled(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args)
+
+  monkeypatch.setattr(train_module, phase, signalled)
+  first = train_and_evaluate(config, tmp_path / 'parts')
+  assert (first.step, first.stopped_by) == (0, 'SIGTERM')
+  monkeypatch.undo()
+  second = train_and_evaluate(config, tmp_path / 'parts')
+  assert_same_state(second.state, whole.state)
+  assert records(tmp_path / 'parts') == records(tmp_path / 'whole')
+
+
 def test_kill_9_loses_at_most_an_interval(whole, config, tmp_path):
   workdir = tmp_path / 'killed'
   code = """
@@ -159,8 +178,14 @@ module.train_and_evaluate(read_config(sys.argv[1]), sys.argv[2])
   assert records(workdir) == records(tmp_path / 'whole')
 
 
-def test_the_step_compiles_exactly_once(config, tmp_path):
-  compiled = []
+def test_the_step_compiles_exactly_once_and_works_in_the_state_s_place(
+  config, tmp_path, monkeypatch
+):
+  compiled, programs = [], []
+  original = train_module.compile_step
+  monkeypatch.setattr(
+    train_module, 'compile_step', lambda *args: programs.append(original(*args)) or programs[-1]
+  )
 
   def listen(event, seconds, **kwargs):
     if event == '/jax/core/compile/backend_compile_duration':
@@ -168,11 +193,15 @@ def test_the_step_compiles_exactly_once(config, tmp_path):
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
-    train_and_evaluate(config, tmp_path / 'run')
+    state = train_and_evaluate(config, tmp_path / 'run').state
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert sum('train_step' in name for name in compiled) == 1, compiled
   assert sum('loss_sums' in name for name in compiled) == 1, compiled
+  (program,) = programs
+  # Every array of the state is on each of the eight devices.
+  held = sum(x.nbytes for x in jax.tree.leaves(state))
+  assert program.memory_analysis().alias_size_in_bytes == held
 
 
 @pytest.mark.slow
