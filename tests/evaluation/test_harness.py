@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from rla_jax.evaluation import Settings, wikitext
+from rla_jax import generation
+from rla_jax.evaluation import SUITES, Settings, records, wikitext
 from rla_jax.evaluation.likelihood import encode_pair
 from rla_jax.evaluation.run import Run
 from rla_jax.evaluation.scorer import Scorer
@@ -17,9 +18,11 @@ from tests.evaluation import models
 pytest.importorskip('lm_eval', reason="lm_eval is not installed: pip install 'rla_jax[eval]'")
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the harness and what it imports
 
+# Of a choice among so many. Not of BoolQ: a model that sees the last token only says the same to
+# every question, and its score is the share of the questions with that answer.
 CHANCE = {
-  'arc_easy': 1 / 4, 'piqa': 1 / 2, 'mmlu': 1 / 4, 'hellaswag': 1 / 4, 'winogrande': 1 / 2,
-  'openbookqa': 1 / 4, 'social_iqa': 1 / 3, 'commonsense_qa': 1 / 5,
+  'arc_easy': 1 / 4, 'arc_challenge': 1 / 4, 'piqa': 1 / 2, 'mmlu': 1 / 4, 'hellaswag': 1 / 4,
+  'winogrande': 1 / 2, 'openbookqa': 1 / 4, 'social_iqa': 1 / 3, 'commonsense_qa': 1 / 5,
 }  # fmt: skip
 
 TRAINED = TrainedModel(get_config(), None, None, models.TOKENIZER, step=0)
@@ -81,34 +84,39 @@ def test_random_weights_score_at_chance_whatever_the_batch_size(data_dir, tmp_pa
   for batch_tokens in (2048, 8192):
     scorer = Scorer(model, params, chunk=512, batch_tokens=batch_tokens)
     run = Run(TRAINED, scorer, settings, tmp_path)
-    results, skipped = harness.evaluate(run, 'commonsense', list(CHANCE))
+    results, skipped = harness.evaluate(run, 'commonsense', SUITES['commonsense'])
     assert not skipped
     assert len(scorer.shapes) < 12
     found.append({(r.task, r.metric): r.value for r in results})
   assert found[0] == found[1]
+  assert {task for task, _ in found[0]} == {*CHANCE, 'boolq'}
+  yes = [r['answer'] for r in records.read(records.find(data_dir, 'boolq'))[:100]].count(True) / 100
+  assert found[0]['boolq', 'acc'] in (pytest.approx(yes), pytest.approx(1 - yes))
   for task, chance in CHANCE.items():
     five_sigma = 5 * math.sqrt(chance * (1 - chance) / 100)
     assert abs(found[0][task, 'acc'] - chance) < five_sigma, task
   assert np.mean([found[0][t, 'acc'] - c for t, c in CHANCE.items()]) == pytest.approx(0, abs=0.08)
 
 
-def test_recall_tasks_run(data_dir, tmp_path):
+def test_recall_tasks_run_in_few_programs(data_dir, tmp_path):
   from rla_jax.evaluation import harness
 
   lm, _ = bigram_lm()
-  settings = Settings(data_dir=str(data_dir), limit=2, batch_size=2)
+  settings = Settings(data_dir=str(data_dir), limit=6, batch_size=2)
   run = Run(TRAINED, lm.scorer, settings, tmp_path)
+  programs = generation._read, generation._decode
+  for program in programs:
+    program.clear_cache()
   results, skipped = harness.evaluate(run, 'recall', ['squad', 'nq', 'drop', 'triviaqa', 'fda'])
+  assert 2 <= sum(program._cache_size() for program in programs) < 12
   assert set(skipped) == {'fda'}
   assert [(r.task, r.metric, r.samples) for r in results] == [
-    (task, 'contains', 2) for task in ('squad', 'nq', 'drop', 'triviaqa')
+    (task, 'contains', 6) for task in ('squad', 'nq', 'drop', 'triviaqa')
   ]
 
 
 def test_spacing_is_restored_as_the_harness_does(data_dir):
   from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
-
-  from rla_jax.evaluation import records
 
   for record in records.read(records.find(data_dir, *wikitext.NAMES)):
     assert wikitext.restore_spacing(record['page']) == wikitext_detokenizer(record)
