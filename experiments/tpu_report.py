@@ -29,7 +29,7 @@ import sys
 import time
 
 from absl import app, flags
-from tpu_schedule import figure, measure
+from tpu_schedule import figure, markdown, measure
 from tpu_schedule.table import ROOT, Table, commit_of, stamp
 
 FLAGS = flags.FLAGS
@@ -47,7 +47,7 @@ SCHEDULE = flags.DEFINE_bool('schedule', True, 'read schedules; off: compile onl
 CONFIG = flags.DEFINE_string('config', 'configs/rdn_1p5b.py', 'of the training step')
 SLICE = flags.DEFINE_string('slice', 'v5e:16x16', 'topology of the training step')
 MESHES = flags.DEFINE_multi_string(
-  'mesh', ['1,256,1', '16,16,1', '1,64,4'], 'devices along data, fsdp, tensor; may be repeated'
+  'mesh', ['2,128,1', '1,64,4'], 'devices along data, fsdp, tensor; may be repeated'
 )
 REMATS = LIST('remat', ['full', 'names'], 'what the training step keeps: models/remat.py')
 STEP_BATCH = INT('step_batch', 256, 'sequences of the training step')
@@ -102,7 +102,8 @@ def report_kernels() -> list[str]:
   table = _table('totals', ('topology',))
   table.rows = []
   table.replace({'topology': None}, totals)
-  _print(totals)
+  print('bundles a token and head: static schedule, compiled and not run')
+  print(markdown.table(totals))
   figure.draw(totals, pathlib.Path(OUT.value) / 'bundles.png')
   return [
     f'FAILED {" ".join(str(row[name]) for name in (*OPERATOR[:5], "pass"))}: {row["error"]}'
@@ -175,14 +176,6 @@ def _bar(done, total, what, left):
   eta = '--:--' if left is None else f'{left // 60:.0f}:{left % 60:02.0f}'
   end = '\n' if done == total else ''
   print(f'\r[{bar}] {done}/{total} ETA {eta} {what:<44.44}', end=end, file=sys.stderr, flush=True)
-
-
-def _print(totals):
-  print('bundles a token and head: static schedule, compiled and not run')
-  names = ('topology', 'dtype', 'size', 'rule', 'forward', 'forward_saving', 'backward')
-  print(' '.join(f'{name:>14}' for name in names))
-  for row in totals:
-    print(' '.join(f'{row[name]!s:>14}' for name in names))
 
 
 if __name__ == '__main__':

@@ -13,10 +13,11 @@ def draw(totals: list[dict], path: pathlib.Path) -> None:
     return
   if not rows:
     return
-  topologies = list(dict.fromkeys(row['topology'] for row in rows))
+  topologies = sorted({row['topology'] for row in rows})
   figure, axes = plt.subplots(
-    2, len(topologies), figsize=(3.2 * len(topologies), 5), layout='constrained', squeeze=False
-  )
+    2, len(topologies), figsize=(3.2 * len(topologies), 5), layout='constrained', squeeze=False,
+    sharey='row',
+  )  # fmt: skip
   for column, topology in enumerate(topologies):
     some = [row for row in rows if row['topology'] == topology]
     names = [row['rule'].upper() for row in some]

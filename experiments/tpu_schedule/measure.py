@@ -1,5 +1,6 @@
 """Runs the compiler, in processes of its own, and makes rows of what it says."""
 
+import functools
 import json
 import os
 import pathlib
@@ -204,23 +205,21 @@ def totals(kernels: list[dict], operators: list[dict]) -> list[dict]:
   for key, group in groups.items():
     if not set(PARTS) <= set(group):
       continue
-
     row = dict(zip(index, key))
+    units = int(group['forward']['matrix_units'])
+    cycles = functools.partial(bound.memory_cycles, row['topology'].split(':')[0], units)
     for name, kernels_of in PARTS.items():
       parts = [group[x] for x in kernels_of if x in group]
-      for column, unit in (('', 'bundles'), ('_bytes', 'hbm_bytes')):
-        row[name + column] = round(sum(float(x[f'{unit}_a_token_and_head']) for x in parts), 2)
-      row[f'{name}_bound'] = group[name]['bound']
+      row[name] = round(sum(float(x['bundles_a_token_and_head']) for x in parts), 2)
+      size = sum(float(x['hbm_bytes_a_token_and_head']) for x in parts)
+      row |= {f'{name}_bytes': size, f'{name}_memory_bound': round(cycles(size), 2)}
+      row[f'{name}_bound'] = float(group[name]['bound'])
     for name in ('forward', 'forward_backward'):
       found = plain.get((*key, name), {})
       for unit in ('flops', 'bytes'):
         row[f'chunked_{name}_{unit}'] = found.get(f'{unit}_a_token_and_head', '')
-      if size := row[f'chunked_{name}_bytes']:
-        row[f'chunked_{name}_memory_cycles'] = round(
-          bound.memory_cycles(
-            row['topology'].split(':')[0], int(group['forward']['matrix_units']), float(size)
-          )
-        )
+      size = row[f'chunked_{name}_bytes']
+      row[f'chunked_{name}_memory_cycles'] = size and round(cycles(float(size)))
     rows.append(row | {name: group['forward'][name] for name in STAMP})
   by_key = {tuple(row[i] for i in index): row for row in rows}
   for row in rows:
