@@ -4,9 +4,12 @@ Reproduces: nothing published: small models do not do this task unless they are 
   format. It is to reach 100 % on needle_s1 at its training length.
 Command: python experiments/train.py --config=configs/needle.py:rdn,needle_s1 --workdir=runs/needle
   then python experiments/evaluate.py --workdir=runs/needle --suite=needle_s1 --lengths=1024,2048
-Hardware: one GPU, minutes; --config.steps and --config.data.batch_size for a CPU.
+Hardware: one GPU.
 Wall time: not yet run.
-Result: not yet run.
+Result: not yet run at this size. Two layers of two heads of 32, width 64, on 768 bytes in batches
+  of 8 did not find the needle in 1,000 of 2,000 steps on a CPU; they learned what is said without
+  looking back (0.08 nats a byte), and no more. The question alone has 170 bytes; most heads begin
+  with memories, 1 / (A dt), below 60, though that run had a seed with 308 for one head.
 """
 
 from rla_jax.data.synthetic.needle import NEEDLES
@@ -18,19 +21,17 @@ def get_config(arguments: str = 'rdn,needle_s1'):
   """The config of a mixer on a task.
 
   Args:
-    arguments: 'MIXER', 'MIXER,TASK' or 'MIXER,TASK,small': a layer, a task of `NEEDLES`.
+    arguments: 'MIXER' or 'MIXER,TASK', a layer and a task of `NEEDLES`.
 
   Raises:
-    ValueError: an unknown mixer, task or third word.
+    ValueError: an unknown mixer or task.
   """
-  mixer, *words = arguments.split(',')
-  task, *rest = words or ['needle_s1']
+  mixer, _, task = arguments.partition(',')
+  task = task or 'needle_s1'
   if mixer not in registry.LAYERS:
     raise ValueError(f'unknown mixer {mixer!r}; expected one of {", ".join(registry.LAYERS)}')
   if task not in NEEDLES:
     raise ValueError(f'unknown task {task!r}; expected one of {", ".join(NEEDLES)}')
-  if rest not in ([], ['small']):
-    raise ValueError(f'the config string is {arguments!r}; expected MIXER,TASK or with ,small')
   c = get_base_config()
   c.steps = 3000
   c.model.num_layers = 4
@@ -49,14 +50,4 @@ def get_config(arguments: str = 'rdn,needle_s1'):
   c.optimizer.warmup_steps = 100
   c.log_every = 50
   c.eval_every = c.checkpoint_every = 500
-  if rest:
-    c.model.num_layers = 2
-    c.model.model_dim = 64
-    c.model.ffn_dim = 128
-    c.model.head_dim = 32
-    c.model.chunk_size = 16  # short chunks are fastest on a CPU
-    c.model.dtype = 'float32'  # CPUs have no fast bfloat16
-    c.data.seq_len = 768
-    c.data.batch_size = 16
-    c.optimizer.learning_rate = 4e-3
   return c

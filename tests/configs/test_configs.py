@@ -50,7 +50,7 @@ def test_config_lists_every_key_and_builds(path):
 @pytest.mark.parametrize(
   ('name', 'words'),
   [
-    ('mqar', 'rla_equal_state,128'), ('needle', 'gdn,needle_s2'), ('needle', 'rdn,needle_s1,small'),
+    ('mqar', 'rla_equal_state,128'), ('needle', 'gdn,needle_s2'),
     ('state_tracking', 'delta_net,parity,negative'),
   ],
 )  # fmt: skip
@@ -68,7 +68,7 @@ def test_words_behind_the_file_choose_among_configs(name, words):
     ('mqar', 'rdm', "unknown mixer 'rdm'; expected one of attention, "),
     ('mqar', 'rdn,65', "the width is '65'; expected a multiple of 32"),
     ('needle', 'rdn,needle', "unknown task 'needle'; expected one of needle_s1, "),
-    ('needle', 'rdn,needle_s1,big', 'expected MIXER,TASK or with ,small'),
+    ('needle', 'rdm,needle_s1', "unknown mixer 'rdm'; expected one of rdn, "),
     ('state_tracking', 'rdn,sum', 'expected MIXER,TASK or with ,negative'),
   ],
 )

@@ -199,8 +199,8 @@ def needle_examples(
 ) -> Examples:  # fmt: skip
   """Samples as documents to learn from: prompt, answer, end of document. Every token counts.
 
-  The question names the key twice, and so teaches to look back before the answer does: with a loss
-  on the answer alone, small models stay at guessing digits.
+  So the model learns the text around the needle too, and has an easier copy to begin with: the
+  question names the key twice.
 
   Args:
     seed: of everything random.
