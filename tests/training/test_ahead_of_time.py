@@ -1,7 +1,6 @@
 """Programs for devices that are not attached: the step, its communication, its arithmetic."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rla_jax import sharding
-from rla_jax.training import ConfigError, ahead_of_time, get_config, gpus, hlo
+from rla_jax.training import ahead_of_time, get_config, hlo
 from rla_jax.training.flops import matmul_flops
 
 
@@ -157,15 +156,3 @@ def test_a_step_compiles_from_shapes_alone(mesh):
   assert {x.op for x in found} >= {'all-gather', 'all-reduce'}
   state = compiled.input_shardings[0][0]
   assert state.params['embedding'].spec == P('tensor', 'fsdp')
-
-
-@pytest.mark.parametrize('topology', ['h300:8', 'h200', 'h200:2x2x2', 'h200:8 '])
-def test_gpus_that_nobody_knows_are_refused(topology):
-  with pytest.raises(ConfigError, match='expected a TPU slice as in v5e:16x16, GPUs as in'):
-    ahead_of_time.described_devices(topology)
-
-
-def test_a_compiler_for_gpus_that_is_missing_is_named(monkeypatch):
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ConfigError, match=r'h200:8.* needs pip install rla-jax'):
-    gpus.described_devices('h200:8')
