@@ -70,15 +70,15 @@ def test_the_program_compiles_for_slices_that_are_not_there(tmp_path):
   table = tmp_path / 'layouts.csv'
   command = [
     sys.executable, 'experiments/compile.py', '--config=configs/quickstart.py', f'--csv={table}',
-    '--topology=v5e:2x2', '--layout=fsdp=-1', '--layout=data=-1', '--config.model.loss_chunk=16',
-    '--config.model.dtype=bfloat16',
+    '--topology=v5e:4x4', '--layout=data=2,fsdp=-1', '--layout=data=-1', '--vocab_size=256',
+    '--config.model.dtype=bfloat16', '--config.model.chunk_size=64', '--config.data.batch_size=16',
   ]  # fmt: skip
   subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
   with table.open() as file:
     parts, copies = csv.DictReader(file)
-  assert (parts['fsdp'], copies['data'], parts['topology']) == ('4', '4', 'v5e:2x2')
+  assert (parts['fsdp'], copies['data'], parts['topology']) == ('8', '16', 'v5e:4x4')
   parts, copies = ({name: float(row[name]) for name in row if name.endswith('_gb')}
                    for row in (parts, copies))  # fmt: skip
-  assert parts['all_gather_gb'] > parts['reduce_scatter_gb'] > 20 * parts['all_reduce_gb'] > 0
-  assert copies['all_reduce_gb'] > 0 == copies['reduce_scatter_gb']
-  assert parts['state_gb'] < 0.3 * copies['state_gb']
+  assert parts['all_gather_gb'] > parts['reduce_scatter_gb'] > parts['all_reduce_gb'] > 0
+  assert copies['all_reduce_gb'] > 0 == copies['reduce_scatter_gb'] == copies['all_gather_gb']
+  assert parts['state_gb'] < 0.2 * copies['state_gb']
