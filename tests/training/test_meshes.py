@@ -22,6 +22,29 @@ ROWS, LENGTH, LONGER, VOCABULARY = 8, 32, 80, 48
 HYBRID = 'rdn', 'attention', 'rla', 'sliding_window_attention'
 
 
+def attention(q, k, v, *, mask, is_causal=False, local_window_size=None, implementation=None):
+  """`jax.nn.dot_product_attention` in the type of its inputs; JAX rounds its logits to float32."""
+  del implementation
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  age_TS = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None]
+  mask = jnp.ones((1, 1, *age_TS.shape), bool) if mask is None else mask
+  if is_causal:
+    mask &= (age_TS >= 0)[None, None]
+  if local_window_size is not None:
+    mask &= (age_TS <= local_window_size[0])[None, None]
+  logits_BHTS = jnp.einsum('BTHK,BSHK->BHTS', q, k) / q.shape[-1] ** 0.5
+  weights_BHTS = jax.nn.softmax(jnp.where(mask, logits_BHTS, -1e30))
+  return jnp.einsum('BHTS,BSHK->BTHK', weights_BHTS, v)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def exact_attention():
+  """A sum in another order may round a logit otherwise, which would look like an error of 1e-7."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax.nn, 'dot_product_attention', attention)
+    yield
+
+
 def model_of(pattern, dtype='float64', **changes):
   """A small model; the plain form of the operators compiles fastest."""
   options = {'implementation': 'reference', 'chunk_size': 8, **changes}
