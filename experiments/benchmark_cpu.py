@@ -296,6 +296,7 @@ def _cpu():
   return names[0] if names else platform.machine()
 
 
+@functools.cache  # Before results are written into the checkout.
 def _commit():
   command = ['git', '-C', str(pathlib.Path(__file__).parent), 'describe', '--always', '--dirty']
   try:
