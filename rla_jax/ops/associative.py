@@ -9,8 +9,8 @@ It costs more than the chunked form: products of transitions, O(T K^2 / C) for t
 memory for every chunk at once, in the gradient for every level of the scan too. It pays where the
 sequence is long and batch times heads too few to fill a parallel device. On two CPU cores
 (`experiments/benchmark_cpu.py`) it never pays for the delta rule; for the additive update, which
-has no products of transitions, it takes 0.7 of the chunked form's time forward and backward up to
-1,024 tokens, and more than that form's from 2,048 on.
+has no products of transitions, it takes 0.7 to 0.9 of the chunked form's time forward and backward
+up to 1,024 tokens, and more than that form's from 2,048 on.
 """
 
 import functools
