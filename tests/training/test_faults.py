@@ -202,7 +202,7 @@ def test_20_random_kills_end_where_an_undisturbed_run_does(config, tmp_path):
     lost.append(reached - starts[-1])
     reached = max([last, *(int(x.split()[1]) for x in output.splitlines() if x)])
   assert max(lost) <= 2 * config.checkpoint_every  # One interval, and the save that was under way.
-  assert reached > 5 * config.checkpoint_every
+  assert reached > 2 * config.checkpoint_every  # Some kills came after a restart from a checkpoint.
   print(f'20 kills, up to step {reached}; steps lost at each: {lost}')
   ends = []
   for name in ('run', 'whole'):
