@@ -4,8 +4,8 @@ Reproduces: the paper's tables, row by row: its baselines are the Transformer, R
   DeltaNet, sGLA and GDN; two_state is the control with RDN's state and parameters, and no residual.
 Command: python experiments/train.py --config=configs/baseline.py:mamba2 --workdir=runs/mamba2
   --config.data.path, validation_path and tokenizer say where your text is.
-Hardware: meant for 8 GPUs of 80 GB or more, or a TPU slice; --config.device_tokens trades memory for
-  speed.
+Hardware: meant for 8 GPUs of 80 GB or more, or a TPU slice; --config.device_tokens trades memory
+  for speed.
 Wall time: not yet run.
 Result: not yet run.
 
