@@ -29,7 +29,6 @@ import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import sys
 import time
 
@@ -42,6 +41,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from rla_jax import ops
+from rla_jax.evaluation.provenance import commit
 
 FLAGS = flags.FLAGS
 LENGTHS = flags.DEFINE_list(
@@ -223,7 +223,7 @@ def write_csv(path: pathlib.Path, lines: list[Line]):
   """All lines, each with what is needed to run it again."""
   about = {
     'batch': BATCH.value, 'heads': HEADS.value, 'size': SIZE.value, 'dtype': 'float32',
-    'date': datetime.date.today().isoformat(), 'commit': _commit(), 'cpu': _cpu(),
+    'date': datetime.date.today().isoformat(), 'commit': commit() or 'unknown', 'cpu': _cpu(),
     'cores': os.cpu_count(), 'jax': jax.__version__, 'python': platform.python_version(),
     'command': ' '.join(['python', *sys.argv]),
   }  # fmt: skip
@@ -294,15 +294,6 @@ def _cpu():
     return platform.processor() or platform.machine()
   names = [line.split(':', 1)[1].strip() for line in info.splitlines() if 'model name' in line]
   return names[0] if names else platform.machine()
-
-
-@functools.cache  # Before results are written into the checkout.
-def _commit():
-  command = ['git', '-C', str(pathlib.Path(__file__).parent), 'describe', '--always', '--dirty']
-  try:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
 
 
 def main(_):

@@ -23,7 +23,6 @@ import importlib.util
 import itertools
 import pathlib
 import platform
-import subprocess
 import sys
 import textwrap
 
@@ -34,6 +33,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from rla_jax import ops
+from rla_jax.evaluation.provenance import commit
 from rla_jax.ops.validate import canonicalise
 
 FLAGS = flags.FLAGS
@@ -212,7 +212,7 @@ def write_csv(path: pathlib.Path, table: dict[Row, dict[str, Cell]]):
   path.parent.mkdir(parents=True, exist_ok=True)
   about = {
     'length': LENGTH.value, 'key_dim': KEY_DIM.value, 'value_dim': VALUE_DIM.value,
-    'dtype': 'float32', 'date': datetime.date.today().isoformat(), 'commit': _commit(),
+    'dtype': 'float32', 'date': datetime.date.today().isoformat(), 'commit': commit() or 'unknown',
     'jax': jax.__version__, 'python': platform.python_version(),
     'device': jax.devices()[0].device_kind, 'command': ' '.join(['python', *sys.argv]),
   }  # fmt: skip
@@ -240,14 +240,6 @@ def _outputs(o, base, residual):
 
 def _error(got, want):
   return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
-
-
-def _commit():
-  command = ['git', '-C', str(pathlib.Path(__file__).parent), 'describe', '--always', '--dirty']
-  try:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
 
 
 def main(_):

@@ -1,6 +1,7 @@
 """When, how, at which commit, with which versions and on what a result was measured."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -33,10 +34,12 @@ def provenance() -> dict[str, str | dict[str, str]]:
   }
 
 
+@functools.cache
 def commit() -> str | None:
   """Commit of the checkout that this file belongs to, with `-dirty` if it was changed since.
 
-  None: the package is installed without its history.
+  As it was at the first call, so that results written into the checkout do not count. None: the
+  package is installed without its history.
   """
 
   def git(*words):

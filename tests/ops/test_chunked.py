@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.test_util import check_grads
 
+from rla_jax.ops.chunk import scaled_product
 from tests.ops import cases, harness
 from tests.ops.suite import OperatorSuite
 
@@ -19,6 +21,21 @@ def test_any_chunk_size(update, chunk_size):
   cotangents = cases.cotangents(call)
   got = harness.measured(call, cotangents, 'chunked', chunk_size)
   harness.assert_within(got, harness.expected(call, cotangents), harness.BARS['float32'])
+
+
+def test_a_scaled_product_is_not_repeated_by_its_transpose():
+  """Derivatives of both orders against differences; two products in the transpose, not three."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = (5, 1), (5, 4), (4, 3)
+  with jax.enable_x64(True):
+    args = [jax.random.normal(*x, dtype=jnp.float64) for x in zip(keys, shapes)]
+
+    def function(*args):
+      return scaled_product(*args, None)
+
+    check_grads(function, args, order=2)
+    transpose = jax.jit(lambda *args: jax.vjp(function, *args)[1](jnp.ones((5, 3))))
+    assert transpose.lower(*args).compile().as_text().count(' dot(') == 2
 
 
 @pytest.mark.parametrize('update', cases.UPDATES)
