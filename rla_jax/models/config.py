@@ -10,7 +10,7 @@ from flax.core import FrozenDict, freeze, unfreeze
 from rla_jax.layers import registry
 from rla_jax.layers.settings import check_choices, check_keys, check_positive_int
 
-Remat = Literal['none', 'full', 'dots', 'names']
+Remat = Literal['none', 'full', 'dots', 'names', 'both']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@
     dots    the results of matrix products with weights; norms, gates and activations are repeated
     names   what layers and kernels mark by `checkpoint_name`: the outputs of the mixers, and what
             the kernels' backward passes need of the forward ones, so that none is run again
+    both    the two before this: norms, gates, convolutions and activations alone are repeated
 """
 
 import jax
@@ -20,6 +21,9 @@ _POLICIES = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'names': jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
 }
+_POLICIES['both'] = jax.checkpoint_policies.save_from_both_policies(
+  _POLICIES['dots'], _POLICIES['names']
+)
 
 
 def policy(name: str):

@@ -18,7 +18,7 @@ BAD = [
   ({'layer_options': {'rla': {}}}, "the pattern has no 'rla'"),
   ({'layer_options': {'rdn': {'clp': 1}}}, "layer 'rdn' has no 'clp'; did you mean 'clip'?"),
   ({'layer_options': {'rdn': {'clip': -1}}}, 'clip is -1; expected a number > 0'),
-  ({'remat': 'al'}, "remat is 'al'; expected one of ['none', 'full', 'dots', 'names']"),
+  ({'remat': 'al'}, "remat is 'al'; expected one of ['none', 'full', 'dots', 'names', 'both']"),
   ({'dtype': 'int32'}, "dtype is 'int32'; expected a floating dtype"),
   ({'dtype': 'bf16'}, "dtype is 'bf16'; expected a floating dtype"),
   ({'init_std': 0.0}, 'init_std is 0.0; expected a number > 0'),

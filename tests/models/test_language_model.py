@@ -112,7 +112,7 @@ def test_loss_chunks_bound_the_memory_of_the_logits():
 
 def test_remat_policies_give_the_same_gradients():
   got = {}
-  for remat in ('none', 'full', 'dots', 'names'):
+  for remat in ('none', 'full', 'dots', 'names', 'both'):
     model = LanguageModel(config(remat=remat, num_layers=2))
     if not got:
       variables = jax.jit(model.init)(jax.random.key(0), tokens())
@@ -121,7 +121,7 @@ def test_remat_policies_give_the_same_gradients():
       return model.apply(variables, tokens(), tokens(1), method='loss')[0]
 
     got[remat] = jax.jit(jax.grad(loss))(variables)
-  for remat in ('full', 'dots', 'names'):
+  for remat in ('full', 'dots', 'names', 'both'):
     for a, b in zip(jax.tree.leaves(got[remat]), jax.tree.leaves(got['none'])):
       assert error(a, b) < 1e-5, remat
 
@@ -138,7 +138,7 @@ def test_rematerialisation_saves_memory():
     )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
 
-  assert saved('none') > saved('dots') > saved('names') > saved('full')
+  assert saved('none') > saved('both') > saved('dots') > saved('names') > saved('full')
 
 
 @pytest.mark.parametrize('name', PRESETS)
