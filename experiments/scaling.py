@@ -55,7 +55,8 @@ def main(_):
     mesh = make_mesh(config, jax.devices()[:count])
     here = {
       'config': flags.FLAGS['config'].config_filename, 'device': jax.devices()[0].device_kind,
-      'length': config.data.seq_len, 'rows_a_place': rows, **mesh.shape,
+      'length': config.data.seq_len, 'rows_a_place': rows, 'remat': config.model.remat,
+      **mesh.shape,
     }  # fmt: skip
     row = _known(found, here)
     if row is None:
@@ -95,18 +96,26 @@ def _measured(config, mesh, rows, alone) -> dict[str, object]:
     'step_seconds': speed and speed.seconds, 'tokens_per_second': rate,
     'efficiency': rate / (mesh.size * one) if rate and one else None,
     'mfu': speed and speed.mfu, 'memory_gb': speed and speed.memory / 2**30,
-    'date': datetime.date.today().isoformat(), 'jax': importlib.metadata.version('jax'),
+    'triton': speed and speed.triton, 'date': datetime.date.today().isoformat(),
+    'jax': importlib.metadata.version('jax'), 'triton_version': _version('triton'),
   }  # fmt: skip
 
 
+def _version(package) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
 def _line(row) -> str:
-  mesh = ', '.join(f'{axis} {row[axis]}' for axis in AXES)
+  mesh = ', '.join(f'{axis} {row[axis]}' for axis in AXES) + f', remat {row["remat"]}'
   if row['tokens_per_second'] is None:
     return f'{mesh}: does not fit'
   line = f'{mesh}: {row["tokens_per_second"]:,.0f} tokens/s, {row["memory_gb"]:.2f} GiB a device'
   for name in ('efficiency', 'mfu'):
     line += '' if row[name] is None else f', {name} {100 * row[name]:.1f} %'
-  return line
+  return line + (', Triton kernels' if row['triton'] else ', no Triton kernels')
 
 
 if __name__ == '__main__':

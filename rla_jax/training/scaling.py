@@ -17,6 +17,7 @@ from rla_jax.models import LanguageModel
 from rla_jax.training import ahead_of_time
 from rla_jax.training.config import model_config, settled
 from rla_jax.training.feed import to_devices
+from rla_jax.training.flops import has_triton
 from rla_jax.training.optimizer import make_optimizer
 from rla_jax.training.state import abstract_state, create_state
 from rla_jax.training.utilisation import peak_of, training_flops
@@ -33,6 +34,7 @@ class Speed:
     tokens_per_second: on all devices together.
     mfu: by the formula of `utilisation.py`; None: the devices' peak rate is not known.
     memory: bytes that the step needs on each device.
+    triton: whether Triton kernels work out the recurrences.
   """
 
   rows: int
@@ -41,6 +43,7 @@ class Speed:
   tokens_per_second: float
   mfu: float | None
   memory: int
+  triton: bool
 
 
 def measure(
@@ -65,7 +68,7 @@ def measure(
   config.data.batch_size = rows * mesh.shape['data'] * mesh.shape['fsdp']
   config = settled(config, mesh)
   try:
-    times, memory = _times(config, mesh, steps, rounds)
+    times, memory, triton = _times(config, mesh, steps, rounds)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -78,13 +81,14 @@ def measure(
     work = tokens * training_flops(model, config.data.seq_len)
     mfu = work / (seconds * mesh.size * peak.flops)
   return Speed(
-    config.data.batch_size, config.accumulate, seconds, tokens / seconds, mfu, memory
+    config.data.batch_size, config.accumulate, seconds, tokens / seconds, mfu, memory, triton
   )
 
 
 def _times(config, mesh, steps, rounds):
-  """Seconds a step in each round, and the bytes that a step needs."""
-  compiled = ahead_of_time.lower(ahead_of_time.trace_training_step(config, mesh), mesh).compile()
+  """Seconds a step in each round, the bytes that a step needs, whether it has Triton kernels."""
+  traced = ahead_of_time.trace_training_step(config, mesh)
+  compiled = ahead_of_time.lower(traced, mesh).compile()
   batch = _random_batch(config, mesh)
   with jax.set_mesh(mesh):
     model = LanguageModel(model_config(config, config.model.vocab_size))
@@ -98,7 +102,7 @@ def _times(config, mesh, steps, rounds):
       state, result = compiled(state, batch)
     jax.block_until_ready(result)
     times.append((time.perf_counter() - begin) / steps)
-  return times[1:], ahead_of_time.memory(compiled)
+  return times[1:], ahead_of_time.memory(compiled), has_triton(traced.jaxpr)
 
 
 def _random_batch(config, mesh):

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import time
 import types
 
 import jax
@@ -14,6 +15,7 @@ from rla_jax import sharding
 from rla_jax.models import PRESETS, LanguageModel, ModelConfig, count_parameters
 from rla_jax.training import train_and_evaluate
 from rla_jax.training.benchmark import measure_overhead
+from rla_jax.training.checkpoints import Checkpoints
 from rla_jax.training.feed import to_devices
 from rla_jax.training.metrics import MetricsWriter, read
 from rla_jax.training.statistics import gate_statistics, group_of, norms
@@ -213,9 +215,15 @@ def test_what_goes_wrong_at_wandb_does_not_end_the_run(tmp_path, monkeypatch, ca
   assert 'no more is sent to Weights & Biases: AttributeError' in capsys.readouterr().err
 
 
-def test_overhead_of_the_loop_is_measured(config):
-  config.log_every = 100
-  found = measure_overhead(config, steps=12, rounds=1)
-  assert 0 < found.bare < 1
-  assert 0 < found.loop < 10
-  assert 'ms bare' in str(found)
+def test_overhead_of_the_loop_is_measured(config, monkeypatch):
+  config.log_every = 5
+  slow = 0.02  # Seconds, much longer than a step; in the loop alone.
+  check = Checkpoints.check
+  monkeypatch.setattr(Checkpoints, 'check', lambda self: time.sleep(slow) or check(self))
+  found = measure_overhead(config, steps=12)
+  assert len(found.loop) == len(found.bare) == 2
+  for loop, bare in zip(*found):
+    assert 0 < bare < loop
+    assert slow < loop < 10
+  assert found.part == pytest.approx(sum(found.parts) / 2)
+  assert 'medians of 2 rounds' in str(found)
