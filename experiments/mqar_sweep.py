@@ -1,7 +1,7 @@
 """Multi-query associative recall in the Based setting: mixers x widths x learning rates x seeds.
 
   python experiments/mqar_sweep.py --workdir=runs/mqar --mixers=delta_net,gdn --widths=64,128
-  python experiments/mqar_sweep.py --workdir=runs/mqar --mixers=rdn,rla,sgla,two_state --seeds=0,1,2
+  python experiments/mqar_sweep.py --workdir=runs/mqar --mixers=rdn,rla,sgla --more_seeds=1,2
   python experiments/mqar_sweep.py --workdir=runs/again --set=data.path=mqar_reassigned
   python experiments/mqar_sweep.py --workdir=runs/loop --notogether --rates=0.01
   python experiments/mqar_sweep.py --workdir=runs/mqar --table_only
@@ -10,8 +10,9 @@ All learning rates and seeds of a mixer at a width train together in one program
 (experiments/mqar/ensemble.py); --notogether trains one after the other in the training loop, which
 gives the same up to rounding. The same command again skips what is finished and goes on with what
 is not; --budget stops after so many seconds, with the state on disk. The table takes the best
-learning rate of each, mean over the seeds, and stands beside the published numbers.
---set=key=value overrides keys of configs/mqar.py.
+learning rate of each, mean over the seeds, and stands beside the published numbers. --more_seeds
+are trained after all else, at the learning rate that was best with --seeds alone, which halves the
+work of three seeds. --set=key=value overrides keys of configs/mqar.py.
 """
 
 import datetime
@@ -44,6 +45,7 @@ _MIXERS = flags.DEFINE_list('mixers', ['delta_net', 'gdn'], 'Mixers of configs/m
 _WIDTHS = flags.DEFINE_list('widths', ['64', '128'], 'Widths of the model.')
 _RATES = flags.DEFINE_list('rates', [str(rate) for rate in RATES], 'Peak learning rates.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds of parameters and dropout.')
+_MORE_SEEDS = flags.DEFINE_list('more_seeds', [], 'Seeds at the best learning rate only.')
 _TOGETHER = flags.DEFINE_bool(
   'together', True, 'Train learning rates and seeds in one program; else one by one in the loop.'
 )
@@ -65,46 +67,69 @@ def main(_):
 
 
 def sweep(root: pathlib.Path) -> None:
-  """Trains what is not finished, the members of a mixer and width after those of another."""
+  """Trains what is not finished: every mixer and width, then again those with more seeds."""
   try:
     members = [Member(float(r), int(s)) for r in _RATES.value for s in _SEEDS.value]
+    more_seeds = [int(s) for s in _MORE_SEEDS.value]
   except ValueError as error:
-    raise ConfigError(f'--rates and --seeds: {error}') from error
+    raise ConfigError(f'--rates and the seeds: {error}') from error
+  if again := {m.seed for m in members} & set(more_seeds):
+    raise ConfigError(f'--more_seeds has {min(again)}, which --seeds has too; expected others')
   get_config = runpy.run_path(str(ROOT / 'configs' / 'mqar.py'))['get_config']
   jobs = [(mixer, width) for width in _WIDTHS.value for mixer in _MIXERS.value]
-  configs = [_config(get_config, *job) for job in jobs]  # all, so that a wrong one fails at once
-  begin, seconds = time.perf_counter(), []
+  configs = {job: _config(get_config, *job) for job in jobs}  # a wrong one fails at once
+  begin = time.perf_counter()
 
   def late():
     return _BUDGET.value is not None and time.perf_counter() - begin > _BUDGET.value
 
-  for number, ((mixer, width), config) in enumerate(zip(jobs, configs, strict=True)):
-    folder = root / f'{mixer}_d{width}_{_digest(members)}'
-    if (folder / 'curve.csv').exists():
-      print(f'{folder.name}: finished before')
-      continue
-    if late():
-      print(f'{folder.name}: left for another call, the budget is spent')
+  total = len(jobs) * (2 if more_seeds else 1)
+  for number, job in enumerate(jobs):
+    if not _train(root, job, configs[job], members, late, total - number):
       return
-    start = time.perf_counter()
-    train = _together if _TOGETHER.value else _one_by_one
-    curve, finished = train(config, members, folder, late)
-    seconds.append(time.perf_counter() - start)
-    common = {
-      'task': config.data.path, 'mixer': mixer, 'width': int(width),
-      'state_bytes': state_bytes(config),
-    }  # fmt: skip
-    rows = [{**common, **row, **provenance()} for row in curve]
-    if not finished:
-      if rows:
-        write_rows(folder / 'unfinished.csv', rows)
-      print(f'{folder.name}: stopped, the budget is spent; the same command goes on')
+  for number, job in enumerate(jobs if more_seeds else ()):
+    chosen = table.best_rate(table.last(_folder(root, job, members) / 'curve.csv'))
+    more = [Member(chosen, seed) for seed in more_seeds]
+    if not _train(root, job, configs[job], more, late, len(jobs) - number):
       return
-    write_rows(folder / 'curve.csv', rows)
-    for name in ('state.npz', 'unfinished.csv'):
-      (folder / name).unlink(missing_ok=True)
-    left = np.mean(seconds) * (len(jobs) - number - 1)
-    print(f'{folder.name}: {duration(seconds[-1])}; sweep ETA {duration(left)}', flush=True)
+
+
+def _train(root, job, config, members, late, jobs_left) -> bool:
+  """Trains the members of a mixer and width, or goes on; whether they are finished."""
+  folder, (mixer, width) = _folder(root, job, members), job
+  if (folder / 'curve.csv').exists():
+    print(f'{folder.name}: finished before')
+    return True
+  if late():
+    print(f'{folder.name}: left for another call, the budget is spent')
+    return False
+  start = time.perf_counter()
+  train = _together if _TOGETHER.value else _one_by_one
+  curve, finished = train(config, members, folder, late)
+  common = {
+    'task': config.data.path, 'mixer': mixer, 'width': int(width),
+    'state_bytes': state_bytes(config),
+  }  # fmt: skip
+  rows = [{**common, **row, **provenance()} for row in curve]
+  if not finished:
+    if rows:
+      write_rows(folder / 'unfinished.csv', rows)
+    print(f'{folder.name}: stopped, the budget is spent; the same command goes on')
+    return False
+  write_rows(folder / 'curve.csv', rows)
+  for name in ('state.npz', 'unfinished.csv'):
+    (folder / name).unlink(missing_ok=True)
+  seconds = time.perf_counter() - start
+  left = duration(seconds * (jobs_left - 1))
+  print(f'{folder.name}: {duration(seconds)}; sweep ETA {left}', flush=True)
+  return True
+
+
+def _folder(root, job, members) -> pathlib.Path:
+  """Of a mixer and width; its name tells other members or overrides apart."""
+  text = json.dumps([[m.learning_rate, m.seed] for m in members] + _SET.value)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+  return root / f'{job[0]}_d{job[1]}_{digest}'
 
 
 def provenance() -> dict[str, str]:
@@ -152,11 +177,6 @@ def _one_by_one(config, members, folder, late) -> tuple[list[dict], bool]:
       return rows, False
     rows.append(row)
   return rows, True
-
-
-def _digest(members) -> str:
-  text = json.dumps([[m.learning_rate, m.seed] for m in members] + _SET.value)
-  return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def _config(get_config, mixer: str, width: str):

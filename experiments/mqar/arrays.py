@@ -1,7 +1,8 @@
 """Examples as arrays that hold logits only where there is a target.
 
-A batch is tokens [B, T] and positions, targets and mask [B, N]: N is the most targets that an
-example of this length has, so that sets of one length have one shape.
+A batch is tokens [B, T] and positions, targets and mask [B, N]. In training N is the most targets
+of an example of the set, as the logits of a few are most of the work; in a test, of all sets of
+this length, so that they share a program.
 """
 
 from collections.abc import Sequence
@@ -17,19 +18,23 @@ Batch = dict[str, np.ndarray]
 
 def training_arrays(sets: Sequence[Examples], batch_size: int) -> list[Batch]:
   """The batches of every set, stacked [batches, B, ...]; the last one is filled up, masked."""
-  most, found = _most_targets(sets), []
+  found = []
   for examples in sets:
     count = -(-len(examples) // batch_size)
     found.append({
       name: _fill(x, count * batch_size).reshape(count, batch_size, -1)
-      for name, x in _compact(examples, most[examples.tokens.shape[1]]).items()
+      for name, x in _compact(examples, _targets(examples)).items()
     })
   return found
 
 
 def evaluation_arrays(sets: Sequence[Examples], members: int) -> dict[str, list[Batch]]:
   """The batches of every set, by its name; sized for the logits of so many members at once."""
-  most, found = _most_targets(sets), {}
+  most: dict[int, int] = {}
+  for examples in sets:
+    length = examples.tokens.shape[1]
+    most[length] = max(most.get(length, 0), _targets(examples))
+  found = {}
   for examples in sets:
     parts = _compact(examples, most[examples.tokens.shape[1]])
     logits = members * parts['mask'].shape[1] * examples.vocab_size
@@ -46,13 +51,9 @@ def shapes_of(arrays: Batch) -> tuple:
   return tuple(x.shape for x in arrays.values())
 
 
-def _most_targets(sets: Sequence[Examples]) -> dict[int, int]:
-  """By length, the most targets of an example."""
-  most: dict[int, int] = {}
-  for examples in sets:
-    length = examples.tokens.shape[1]
-    most[length] = max(most.get(length, 0), int(examples.counts.sum(axis=1).max()))
-  return most
+def _targets(examples: Examples) -> int:
+  """The most targets of an example."""
+  return int(examples.counts.sum(axis=1).max())
 
 
 def _compact(examples: Examples, size: int) -> Batch:

@@ -22,9 +22,10 @@ sys.path.append(str(ROOT / 'experiments'))
 
 from mqar import table  # noqa: E402
 from mqar.alone import train_alone  # noqa: E402
+from mqar.arrays import evaluation_arrays, training_arrays  # noqa: E402
 from mqar.ensemble import Ensemble, Member  # noqa: E402
 
-from rla_jax.evaluation.results import read_rows, write_rows  # noqa: E402
+from rla_jax.evaluation.results import write_rows  # noqa: E402
 
 RATE = 0.01
 
@@ -99,8 +100,8 @@ def test_the_command_trains_once_and_writes_its_table(config, tmp_path, capsys, 
   import mqar_sweep
 
   arguments = [
-    'mqar_sweep', f'--workdir={tmp_path}', '--mixers=delta_net', '--widths=32', '--rates=0.01',
-    '--seeds=0,1', f'--together={together}', '--set=steps=6', '--set=data.seq_len=16',
+    'mqar_sweep', f'--workdir={tmp_path}', '--mixers=delta_net', '--widths=32', '--rates=0.1,0.01',
+    '--more_seeds=1', f'--together={together}', '--set=steps=6', '--set=data.seq_len=16',
     '--set=data.batch_size=8', '--set=model.implementation=reference', '--set=mesh.data=1',
     '--set=mesh.fsdp=-1', '--evaluate_every=1',
   ]  # fmt: skip
@@ -111,10 +112,39 @@ def test_the_command_trains_once_and_writes_its_table(config, tmp_path, capsys, 
     mqar_sweep.main(None)
   assert 'finished before' not in first and '| mqar | delta_net | 32 | 2,048 |' in first
   assert 'finished before' in capsys.readouterr().out
-  (folder,) = tmp_path.glob('delta_net_d32_*')
-  rows = read_rows(folder / 'curve.csv')
-  assert [(r['epoch'], r['seed']) for r in rows[-2:]] == [(2, 0), (2, 1)]
-  assert not (folder / 'state.npz').exists()
+  curves = list(tmp_path.glob('delta_net_d32_*/curve.csv'))
+  rates, more = sorted((table.last(path) for path in curves), key=len, reverse=True)
+  assert [(r['epoch'], r['learning_rate'], r['seed']) for r in rates] == [(2, 0.1, 0), (2, 0.01, 0)]
+  best = max(rates, key=lambda r: r['accuracy'])['learning_rate']
+  assert [(r['epoch'], r['learning_rate'], r['seed']) for r in more] == [(2, best, 1)]
+  assert not list(tmp_path.glob('*/state.npz'))
+
+
+def test_a_seed_is_not_one_of_more_seeds(tmp_path):
+  import mqar_sweep
+
+  with flagsaver.flagsaver():
+    flags.FLAGS(['mqar_sweep', f'--workdir={tmp_path}', '--seeds=0,1', '--more_seeds=2,1'])
+    with pytest.raises(ConfigError, match='--more_seeds has 1, which --seeds has too'):
+      mqar_sweep.main(None)
+
+
+def test_more_seeds_of_one_rate_do_not_change_the_choice():
+  def row(rate, seed, accuracy):
+    return {'learning_rate': rate, 'seed': seed, 'accuracy': accuracy}
+
+  one_seed = [row(0.001, 0, 0.7), row(0.01, 0, 0.8)]
+  assert table.best_rate(one_seed) == 0.01
+  assert table.best_rate([*one_seed, row(0.01, 1, 0.1), row(0.01, 2, 0.1)]) == 0.01
+  assert table.best_rate([*one_seed, row(0.001, 1, 0.7), row(0.01, 1, 0.5)]) == 0.001
+
+
+def test_a_set_to_learn_from_has_its_own_number_of_targets():
+  sets = [synthetic.multi_query_recall(0, 16, pairs, 5, vocab_size=32) for pairs in (1, 3)]
+  shapes = [batch['targets'].shape for batch in training_arrays(sets, batch_size=4)]
+  assert shapes == [(2, 4, 1), (2, 4, 3)]
+  tests = evaluation_arrays(sets, members=2)
+  assert [tests[name][0]['targets'].shape for name in tests] == [(5, 3), (5, 3)]
 
 
 def test_the_table_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
