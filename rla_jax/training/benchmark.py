@@ -98,6 +98,7 @@ def _watched(size, rounds):
         bares.append(seconds)
         if len(bares) == rounds:
           raise _Measured
+        progress.pause()  # Its clock is that of the loop.
         times.clear()
         calls = 0
       calls += 1

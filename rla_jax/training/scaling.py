@@ -7,6 +7,7 @@ along seq and tensor the batch does. Either way n devices are at best n times as
 import dataclasses
 import statistics
 import time
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rla_jax.models import LanguageModel
+from rla_jax.sharding import AXES
 from rla_jax.training import ahead_of_time
 from rla_jax.training.config import model_config, settled
 from rla_jax.training.feed import to_devices
@@ -83,6 +85,32 @@ def measure(
   return Speed(
     config.data.batch_size, config.accumulate, seconds, tokens / seconds, mfu, memory, triton
   )
+
+
+def table(rows: Iterable[dict[str, object]]) -> str:
+  """The rows of `experiments/scaling.py` in Markdown, one line each, in their order.
+
+  Args:
+    rows: as `rla_jax.evaluation.results.read_rows` reads them.
+  """
+  lines = [
+    '| rows x tokens | devices | remat | ms a step | tokens/s | MFU | GiB a device | efficiency |',
+    '|---|---|---|---|---|---|---|---|',
+  ]
+  for row in rows:
+    axes = ', '.join(f'{axis} {row[axis]}' for axis in AXES if row[axis] > 1) or '1'
+    cells = [f'{row["rows_a_place"]} x {row["length"]:,}', axes, row['remat']]
+    if row['tokens_per_second'] is None:
+      cells += ['does not fit', *4 * ['']]
+    else:
+      cells += [f'{1e3 * row["step_seconds"]:,.0f}', f'{row["tokens_per_second"]:,.0f}',
+                *(_percent(row['mfu']), f'{row["memory_gb"]:.1f}', _percent(row['efficiency']))]
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def _percent(value: float | None) -> str:
+  return '' if value is None else f'{100 * value:.1f} %'
 
 
 def _times(config, mesh, steps, rounds):

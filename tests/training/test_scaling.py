@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from rla_jax import sharding
+from rla_jax.evaluation.results import read_rows, write_rows
 from rla_jax.training import scaling
 from rla_jax.training.config import model_config
 from rla_jax.training.utilisation import PEAKS, training_flops
@@ -29,6 +30,28 @@ def test_a_device_keeps_its_rows(config, monkeypatch):
   assert found.mfu == pytest.approx(work / (8 * peak.flops))
   assert 1e4 < found.memory < 1e8
   assert config.data.batch_size == 8  # The caller's config is as it was.
+
+
+RESULTS = sorted((ROOT / 'experiments/results/scaling').glob('*.csv'))
+
+
+@pytest.mark.parametrize('path', RESULTS, ids=lambda path: path.name)
+def test_the_page_has_what_was_measured(path):
+  assert scaling.table(read_rows(path)) in (ROOT / 'docs/training.md').read_text(encoding='utf-8')
+
+
+def test_a_table_says_what_was_measured_and_what_does_not_fit(tmp_path):
+  row = {
+    'length': 4096, 'rows_a_place': 16, 'remat': 'both', 'data': 1, 'fsdp': 2, 'seq': 1,
+    'tensor': 1, 'step_seconds': 0.25, 'tokens_per_second': 524288.0, 'mfu': None,
+    'memory_gb': 62.04, 'efficiency': 0.951,
+  }  # fmt: skip
+  failed = row | dict.fromkeys(('step_seconds', 'tokens_per_second', 'memory_gb', 'efficiency'))
+  write_rows(tmp_path / 'x.csv', [row, failed | {'remat': 'none'}])
+  assert scaling.table(read_rows(tmp_path / 'x.csv')).splitlines()[2:] == [
+    '| 16 x 4,096 | fsdp 2 | both | 250 | 524,288 |  | 62.0 | 95.1 % |',
+    '| 16 x 4,096 | fsdp 2 | none | does not fit |  |  |  |  |',
+  ]
 
 
 @pytest.mark.slow
