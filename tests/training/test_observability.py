@@ -217,13 +217,11 @@ def test_what_goes_wrong_at_wandb_does_not_end_the_run(tmp_path, monkeypatch, ca
 
 def test_overhead_of_the_loop_is_measured(config, monkeypatch):
   config.log_every = 5
-  slow = 0.02  # Seconds, much longer than a step; in the loop alone.
+  slow = 0.1  # Seconds, much longer than a step; in the loop alone.
   check = Checkpoints.check
   monkeypatch.setattr(Checkpoints, 'check', lambda self: time.sleep(slow) or check(self))
   found = measure_overhead(config, steps=12)
   assert len(found.loop) == len(found.bare) == 2
-  for loop, bare in zip(*found):
-    assert 0 < bare < loop
-    assert slow < loop < 10
+  assert min(found.loop) > slow > min(found.bare) > 0
   assert found.part == pytest.approx(sum(found.parts) / 2)
   assert 'medians of 2 rounds' in str(found)
