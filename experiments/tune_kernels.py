@@ -120,7 +120,8 @@ def is_right(problem: Problem, chosen: blocks.Blocks) -> bool:
 
 def measure(problem: Problem, key: str, found: list[blocks.Blocks], inputs: tuple, log: Log):
   """Logs milliseconds or an error for every candidate that the log does not know."""
-  limit = MEMORY.value * 8 * problem.qkvo_bytes
+  # What is in use may be over the limit already; then nothing else may take more than it does.
+  limit = max(MEMORY.value * 8 * problem.qkvo_bytes, log.get(key, found[0]).get('peak_bytes', 0))
   unknown = [c for c in found if not log.get(key, c)]
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
     compiling = [(c, pool.submit(build, problem, c, inputs)) for c in unknown]
@@ -128,7 +129,9 @@ def measure(problem: Problem, key: str, found: list[blocks.Blocks], inputs: tupl
       try:
         prepared = future.result()
         peak = timing.peak_bytes(prepared.once)
-        if peak > limit and candidate != found[0]:
+        if candidate == found[0]:
+          limit = max(limit, peak)
+        elif peak > limit:
           log.add(key, candidate, error='over the memory limit', peak_bytes=peak)
           continue
         seconds = timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds

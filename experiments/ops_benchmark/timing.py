@@ -47,7 +47,8 @@ def prepare(function: Callable, inputs: tuple) -> Prepared:
   once, outputs, seconds = _compile(function, inputs)
 
   def body(inputs, outputs):
-    return inputs, function(*_touch(inputs, outputs))
+    inputs = _touch(inputs, outputs)  # carried on, or each run would begin with a copy of them all
+    return inputs, function(*inputs)
 
   def nothing(inputs, outputs):
     return _touch(inputs, outputs), outputs

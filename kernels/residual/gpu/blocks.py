@@ -82,19 +82,26 @@ def heuristic(
   wide = jnp.dtype(dtype).itemsize == 4
   large = wide or key_dim > 128
   tile = 16 if wide else max(16, min(64, 1 << (value_dim - 1).bit_length()))
+  walks = heads * -(-value_dim // tile)
   pieces = 8 if length >= 8192 else 4 if length >= 512 else 1
-  if 2 * heads * -(-value_dim // tile) <= MULTIPROCESSORS:
+  if 2 * walks <= MULTIPROCESSORS:
     pieces = min(pieces, max(1, length // 4096))  # a piece is to be long enough to be split
   loop = Kernel(tile, tile // 16, 2)
   deep = loop if large else dataclasses.replace(loop, stages=3)
+  both = delta and residual
+  # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
+  forward = loop if both else deep
+  if both and not large and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS:
+    # One program a multiprocessor waits for itself: two of half the width wait for each other.
+    forward = Kernel(max(16, tile // 2), tile // 16, 2)
+  gradients = Kernel(16, 4, 4) if residual else Kernel(min(32, tile), 4, 3)
   return Blocks(
     chunk=16 if large else 32,
     span=2,
     prepare=Kernel(0, 4 if large else 1, 1),
-    # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
-    forward=loop if delta and residual else deep,
-    sweep=loop,
-    gradients=Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3),
+    forward=forward,
+    sweep=deep if residual else loop,
+    gradients=Kernel(16, 4, 2) if large else gradients,
     pieces=pieces,
   )
 

@@ -23,6 +23,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   decay_between,
   decay_in,
   decay_out,
+  parts_dot,
   unit_lower_inverse,
 )
 
@@ -127,9 +128,9 @@ def prepare_kernel(
     tl.store(out + (C * C if is_base else 4 * C * C), inverse.to(dtype))
     through = inverse if ADJOINT else gate[:, None] * inverse
     if RESIDUAL and part == 0:
-      prediction = tl.dot(prediction, through, input_precision=SOLVE)
+      prediction = parts_dot(prediction, through, SOLVE)
       tl.store(out + 3 * C * C, prediction.to(dtype))
-    scores = tl.dot(scores, through, input_precision=SOLVE)
+    scores = parts_dot(scores, through, SOLVE)
     tl.store(out + (0 if is_base else 2 * C * C), scores.to(dtype))
   else:
     beta = tl.load(beta_ptr + gate_offsets, mask=tokens < T, other=0.0)

@@ -143,6 +143,29 @@ def decay_onto(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl.co
 
 
 @triton.jit
+def high_part(x):
+  """The first half of the bits of float32 numbers: a bfloat16, still as float32.
+
+  By a mask: of a conversion that is taken back, Triton would convert number by number.
+  """
+  return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def parts_dot(a, b, PRECISION: tl.constexpr):
+  """a b of float32 tiles; 'parts': of the two bfloat16 parts of each, exact to 2^-15."""
+  if PRECISION == 'parts':
+    a_high, b_high = high_part(a), high_part(b)
+    a_low, b_low = (a - a_high).to(tl.bfloat16), (b - b_high).to(tl.bfloat16)
+    a_high, b_high = a_high.to(tl.bfloat16), b_high.to(tl.bfloat16)
+    product = tl.dot(a_high, b_low)
+    product = tl.dot(a_low, b_high, product)
+    return tl.dot(a_high, b_high, product)
+  else:
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
 def unit_lower_inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
   """(I + N)^-1 of a strictly lower triangular N [C, C], by doubling the blocks.
 
@@ -161,18 +184,18 @@ def unit_lower_inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
   for level in tl.static_range(1, 4):
     half = 2**level
     below = tl.where((i // (2 * half) == j // (2 * half)) & (i // half != j // half), tiles, 0.0)
-    step = tl.dot(X, below, input_precision=PRECISION)
-    X -= tl.dot(step, X, input_precision=PRECISION)
+    step = parts_dot(X, below, PRECISION)
+    X -= parts_dot(step, X, PRECISION)
   X = tl.reshape(X, (BLOCKS, 1, 16, 16)) * diagonal[:, :, None, None]
   X = tl.reshape(tl.permute(X, (0, 2, 1, 3)), (C, C))
   i = tl.arange(0, C)[:, None]
   j = tl.arange(0, C)[None, :]
   if C >= 32:
     below = tl.where((i // 32 == j // 32) & (i // 16 != j // 16), N, 0.0)
-    step = tl.dot(X, below, input_precision=PRECISION)
-    X -= tl.dot(step, X, input_precision=PRECISION)
+    step = parts_dot(X, below, PRECISION)
+    X -= parts_dot(step, X, PRECISION)
   if C >= 64:
     below = tl.where((i // 64 == j // 64) & (i // 32 != j // 32), N, 0.0)
-    step = tl.dot(X, below, input_precision=PRECISION)
-    X -= tl.dot(step, X, input_precision=PRECISION)
+    step = parts_dot(X, below, PRECISION)
+    X -= parts_dot(step, X, PRECISION)
   return X
