@@ -136,6 +136,14 @@ def test_timing_runs_the_function_every_time():
   assert len(runs) == 1 + dispatches * timing.LOOP
 
 
+def test_timing_carries_the_inputs_it_touched():
+  """Carried untouched beside the touched ones, they would be copied whole in every run."""
+  x = jnp.arange(4.0)
+  prepared = timing.prepare(lambda x: (x + 1,), (x,))
+  (carried,), _ = prepared.loop((x,), (x + 1,))
+  assert 0 < carried[0] < 1e-20
+
+
 def test_timing_refuses_zeros():
   x = jnp.ones(8)
   with pytest.raises(FloatingPointError, match='sums to 0'):
