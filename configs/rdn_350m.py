@@ -4,8 +4,10 @@ Reproduces: nothing of the paper; it is the model of the scaling measurements in
 Command: python experiments/train.py --config=configs/rdn_350m.py --workdir=runs/rdn_350m
   --config.data.path, validation_path and tokenizer say where your text is.
 Hardware: meant for one to eight GPUs of 40 GB or more; --config.device_tokens trades memory for
-  speed.
-Wall time: not yet run.
+  speed. For cards of 80 GB or more: --config.model.remat=both, the faster of the two policies that
+  were measured, takes 61.6 GiB at 16 rows, which is device_tokens.
+Wall time: not run to the end. A step of 16 rows, remat both, takes 571 ms on one H200: 114,817
+  tokens/s, MFU 23.0 % (commit 213bc9f); the 6.8 B tokens would take it 16.5 hours at that rate.
 Result: not yet run.
 """
 
