@@ -91,16 +91,17 @@ def heuristic(
   both = delta and residual
   # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
   forward = loop if both else deep
-  if both and not large and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS:
+  if both and not large and tile == 64 and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS:
     # One program a multiprocessor waits for itself: two of half the width wait for each other.
-    forward = Kernel(max(16, tile // 2), tile // 16, 2)
+    forward = Kernel(32, 4, 2)
   gradients = Kernel(16, 4, 4) if residual else Kernel(min(32, tile), 4, 3)
   return Blocks(
     chunk=16 if large else 32,
     span=2,
     prepare=Kernel(0, 4 if large else 1, 1),
     forward=forward,
-    sweep=deep if residual else loop,
+    # Deep with the delta rule alone, it would spill on sm_80.
+    sweep=deep if residual or not delta else loop,
     gradients=Kernel(16, 4, 2) if large else gradients,
     pieces=pieces,
   )
