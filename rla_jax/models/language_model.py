@@ -37,14 +37,16 @@ class LanguageModel(nn.Module):
     self.final_norm = make_norm(c)
     group = Group
     if c.remat != 'none':
-      # Inside a scan nothing can be merged with the forward pass, so no barriers are needed.
-      group = nn.remat(group, policy=policy(c.remat), prevent_cse=False)
+      # Inside a loop nothing can be merged with the forward pass, so no barriers are needed.
+      group = nn.remat(group, policy=policy(c.remat), prevent_cse=c.unroll_layers)
+    groups = c.num_layers // len(c.pattern)
     self.blocks = nn.scan(
       group,
       variable_axes={'params': 0, 'intermediates': 0},
       split_rngs={'params': True},
       in_axes=(nn.broadcast, 0),
-      length=c.num_layers // len(c.pattern),
+      length=groups,
+      unroll=groups if c.unroll_layers else 1,
     )(c)
 
   def __call__(
