@@ -174,8 +174,8 @@ def test_rows_are_kept_as_they_come(tmp_path):
 def test_command_writes_what_it_measured(tmp_path):
   command = [
     sys.executable, 'experiments/benchmark_ops.py', '--suites=decode', '--operations=rdn',
-    '--implementations=chunked,triton', '--sequences=2', '--width=32', '--sizes=16',
-    '--dtype=float32', '--repeats=1', f'--out={tmp_path}',
+    '--implementations=chunked,triton', '--sequences=32', '--width=64', '--sizes=16',
+    '--dtype=float32', '--repeats=7', f'--out={tmp_path}',
   ]  # fmt: skip
   environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
