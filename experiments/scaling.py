@@ -6,8 +6,9 @@
       --layout=seq=-1 --config.data.seq_len=524288
 
 Efficiency is the tokens a second of n devices over n times those of one. Tokens are random. Each
-measurement is written as it comes; the same command again makes those that are missing. To try it
-without GPUs: XLA_FLAGS=--xla_force_host_platform_device_count=4 and a small config.
+measurement is written as it comes; the same command again makes those that are missing, as told by
+devices, layout, rows and every --config.KEY=VALUE. To try it without GPUs:
+XLA_FLAGS=--xla_force_host_platform_device_count=4 and a small config.
 """
 
 import datetime
@@ -17,6 +18,7 @@ import pathlib
 
 import jax
 from absl import flags
+from ml_collections import config_flags
 
 from rla_jax.evaluation.results import read_rows, write_rows
 from rla_jax.sharding import AXES
@@ -49,6 +51,8 @@ def main(_):
   rows = _ROWS.value or max(1, config.device_tokens // config.data.seq_len)
   table.parent.mkdir(parents=True, exist_ok=True)
   found = read_rows(table) if table.exists() else []
+  given = config_flags.get_override_values(flags.FLAGS['config'])
+  overrides = ' '.join(f'{key}={value}' for key, value in sorted(given.items()))
   for count, layout in itertools.product(_counts(), _LAYOUTS.value):
     config.mesh.update(sizes_of(layout))
     config.data.batch_size = rows * count  # What does not divide the mesh is told before it runs.
@@ -56,7 +60,7 @@ def main(_):
     here = {
       'config': flags.FLAGS['config'].config_filename, 'device': jax.devices()[0].device_kind,
       'length': config.data.seq_len, 'rows_a_place': rows, 'remat': config.model.remat,
-      **mesh.shape,
+      'overrides': overrides or None, **mesh.shape,
     }  # fmt: skip
     row = _known(found, here)
     if row is None:

@@ -65,7 +65,7 @@ def write_rows(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of `write_rows`: numbers where they look like some, None where nothing stands."""
+  """The records of `write_rows`: numbers and truth values as such, None where nothing stands."""
   with path.open() as file:
     return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
@@ -94,7 +94,9 @@ def _number(value: float | None) -> str:
   return f'{value:.4g}' if abs(value) < 1e5 else f'{value:.3e}'
 
 
-def _value(text: str) -> int | float | str | None:
+def _value(text: str) -> bool | int | float | str | None:
+  if text in ('True', 'False'):
+    return text == 'True'
   for kind in (int, float):
     try:
       return kind(text)

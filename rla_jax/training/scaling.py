@@ -94,12 +94,14 @@ def table(rows: Iterable[dict[str, object]]) -> str:
     rows: as `rla_jax.evaluation.results.read_rows` reads them.
   """
   lines = [
-    '| rows x tokens | devices | remat | ms a step | tokens/s | MFU | GiB a device | efficiency |',
+    '| rows x tokens | devices | overrides | ms a step | tokens/s | MFU | GiB a device | '
+    'efficiency |',
     '|---|---|---|---|---|---|---|---|',
   ]
   for row in rows:
     axes = ', '.join(f'{axis} {row[axis]}' for axis in AXES if row[axis] > 1) or '1'
-    cells = [f'{row["rows_a_place"]} x {row["length"]:,}', axes, row['remat']]
+    overrides = (row['overrides'] or '').replace('model.', '')
+    cells = [f'{row["rows_a_place"]} x {row["length"]:,}', axes, overrides]
     if row['tokens_per_second'] is None:
       cells += ['does not fit', *4 * ['']]
     else:

@@ -42,15 +42,17 @@ def test_the_page_has_what_was_measured(path):
 
 def test_a_table_says_what_was_measured_and_what_does_not_fit(tmp_path):
   row = {
-    'length': 4096, 'rows_a_place': 16, 'remat': 'both', 'data': 1, 'fsdp': 2, 'seq': 1,
-    'tensor': 1, 'step_seconds': 0.25, 'tokens_per_second': 524288.0, 'mfu': None,
-    'memory_gb': 62.04, 'efficiency': 0.951,
+    'length': 4096, 'rows_a_place': 16, 'overrides': 'model.remat=both', 'data': 1, 'fsdp': 2,
+    'seq': 1, 'tensor': 1, 'step_seconds': 0.25, 'tokens_per_second': 524288.0, 'mfu': None,
+    'memory_gb': 62.04, 'efficiency': 0.951, 'triton': False,
   }  # fmt: skip
   failed = row | dict.fromkeys(('step_seconds', 'tokens_per_second', 'memory_gb', 'efficiency'))
-  write_rows(tmp_path / 'x.csv', [row, failed | {'remat': 'none'}])
-  assert scaling.table(read_rows(tmp_path / 'x.csv')).splitlines()[2:] == [
-    '| 16 x 4,096 | fsdp 2 | both | 250 | 524,288 |  | 62.0 | 95.1 % |',
-    '| 16 x 4,096 | fsdp 2 | none | does not fit |  |  |  |  |',
+  write_rows(tmp_path / 'x.csv', [row, failed | {'overrides': None}])
+  rows = read_rows(tmp_path / 'x.csv')
+  assert rows[0]['triton'] is False
+  assert scaling.table(rows).splitlines()[2:] == [
+    '| 16 x 4,096 | fsdp 2 | remat=both | 250 | 524,288 |  | 62.0 | 95.1 % |',
+    '| 16 x 4,096 | fsdp 2 |  | does not fit |  |  |  |  |',
   ]
 
 
@@ -84,3 +86,6 @@ def test_the_program_measures_what_is_missing(tmp_path):
   again = rows()
   assert again[:3] == first
   assert [(x['data'], x['seq']) for x in again[3:]] == [('4', '1'), ('1', '4')]
+  *known, other = rows('--devices=1', '--config.model.remat=none')
+  assert known == again
+  assert other['overrides'].endswith(' model.remat=none')
