@@ -40,13 +40,15 @@ class LanguageModel(nn.Module):
       # Inside a loop nothing can be merged with the forward pass, so no barriers are needed.
       group = nn.remat(group, policy=policy(c.remat), prevent_cse=c.unroll_layers)
     groups = c.num_layers // len(c.pattern)
+    # Unrolled, the random draws of every layer would be compiled one by one: minutes.
+    unrolled = c.unroll_layers and not self.is_initializing()
     self.blocks = nn.scan(
       group,
       variable_axes={'params': 0, 'intermediates': 0},
       split_rngs={'params': True},
       in_axes=(nn.broadcast, 0),
       length=groups,
-      unroll=groups if c.unroll_layers else 1,
+      unroll=groups if unrolled else 1,
     )(c)
 
   def __call__(
