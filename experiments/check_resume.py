@@ -11,20 +11,20 @@ status 1 and a list if they are not.
 
 import pathlib
 import random
-import re
 import sys
 import tempfile
 
 import jax
 from absl import flags
+from ml_collections import config_flags
 
-from rla_jax.training import resume
+from rla_jax.training import ConfigError, resume
 from rla_jax.training.command_line import FAILED, define_config, run
 from rla_jax.training.config import check
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the two runs; default: a temporary one.'
+  'workdir', None, 'New folder of the two runs; default: a temporary one.'
 )
 _KILLS = flags.DEFINE_integer('kills', 1, 'How often the second run is killed.', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the steps at which it is.')
@@ -44,12 +44,18 @@ def main(_):
 
 def _check(folder) -> int:
   config, rng = _CONFIG.value, random.Random(_SEED.value)
-  # As this program was called, and one short evaluation at the end.
-  command = [
-    sys.executable, str(_TRAIN), *(a for a in sys.argv[1:] if re.match(r'--?(no)?config[=.]', a)),
-    f'--config.eval_every={config.steps}', '--config.eval_tokens=1',
-  ]  # fmt: skip
   whole, killed = folder / 'whole', folder / 'killed'
+  if whole.exists() or killed.exists():
+    raise ConfigError(f'--workdir is {str(folder)!r}, which has runs already; expected a new folder')
+  flag = flags.FLAGS['config']
+  # The same config, and one short evaluation at the end.
+  overrides = {
+    **config_flags.get_override_values(flag), 'eval_every': config.steps, 'eval_tokens': 1
+  }  # fmt: skip
+  command = [
+    sys.executable, str(_TRAIN), f'--config={flag.config_filename}',
+    *(f'--config.{key}={value}' for key, value in overrides.items()),
+  ]  # fmt: skip
   resume.train(command, whole)
   print(f'trained {config.steps} steps', flush=True)
   for number in range(_KILLS.value):

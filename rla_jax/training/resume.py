@@ -66,7 +66,7 @@ def train_and_kill(
   """Starts or continues a run, and kills it (-9) at a random step; returns that step.
 
   Args:
-    command: as for `train`; it says every step.
+    command: as for `train`.
     workdir: the working directory.
     every: steps between checkpoints, of which two intervals pass before the kill.
     rng: draws the step.
@@ -74,20 +74,26 @@ def train_and_kill(
   Raises:
     TrainingError: the run ends before.
   """
-  starts = workdir / 'starts.jsonl'
-  begun = len(starts.read_text().splitlines()) if starts.exists() else 0
+  begun = len(starts(workdir))
   return _run(command, workdir, (begun, rng.randrange(2 * every + 1, 3 * every + 1)))
 
 
 def starts(workdir: pathlib.Path) -> list[int]:
-  """Steps that the starts of a run went on from."""
-  return [json.loads(x)['step'] for x in (workdir / 'starts.jsonl').read_text().splitlines()]
+  """Steps that the starts of a run went on from; none without a run."""
+  path = workdir / 'starts.jsonl'
+  return [json.loads(x)['step'] for x in path.read_text().splitlines()] if path.exists() else []
 
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
   """What differs between two finished runs: arrays of their last checkpoints, metrics by step.
 
   Arrays are compared word by word, so that zeros of different signs differ and equal NaNs do not.
+
+  Args:
+    one, other: working directories of runs with the same config, but for their folders.
+
+  Raises:
+    TrainingError: a run has no checkpoint of its last step.
   """
   first, second = map(_arrays, (one, other))
   found = [
@@ -95,7 +101,10 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     for path, x in first.items()
     if not np.array_equal(_words(x), _words(second[path]))
   ]
-  for a, b in zip(_records(one), _records(other), strict=True):
+  first, second = map(_records, (one, other))
+  if [a['step'] for a in first] != [b['step'] for b in second]:
+    return [*found, f'records of {len(first)} and {len(second)} steps, or not of the same']
+  for a, b in zip(first, second, strict=True):
     found += [f'step {a["step"]}: {name} {a.get(name)!r} and {b.get(name)!r}'
               for name in sorted({*a, *b}) if a.get(name) != b.get(name)]  # fmt: skip
   return found
@@ -131,9 +140,11 @@ def _arrays(workdir):
   model, mesh = LanguageModel(model_config(config, vocab_size)), sharding.make_mesh()
   abstract = abstract_state(model, make_optimizer(config), mesh, config)
   with Checkpoints(workdir) as checkpoints:
-    step, trees, _ = checkpoints.restore(**abstract.items)
+    step, trees, _ = checkpoints.restore(**abstract.items) or (None, None, None)
   if step != config.steps:
-    raise TrainingError(f'the last checkpoint in {workdir} is that of step {step}')
+    raise TrainingError(
+      f'the last checkpoint in {workdir} is of step {step}, expected {config.steps}'
+    )
   return {path: np.asarray(x) for path, x in named_leaves(jax.device_get(trees))}
 
 

@@ -3,13 +3,14 @@
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from rla_jax.training import ConfigError, resume, train_and_evaluate
+from rla_jax.training import ConfigError, TrainingError, resume, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -30,6 +31,21 @@ def test_differences_are_named(config, tmp_path):
   assert any(line.startswith('params/embedding: ') for line in found)
   assert any(line.startswith('step 3: train/loss ') for line in found)
   assert not any(line.startswith('step 1: ') for line in found)
+  metrics.write_text(''.join(json.dumps(record) + '\n' for record in records[:-1]))
+  assert resume.differences(tmp_path / 'one', tmp_path / 'same') == [
+    'records of 3 and 2 steps, or not of the same'
+  ]
+  shutil.rmtree(tmp_path / 'same' / 'checkpoints')
+  with pytest.raises(TrainingError, match='in .*same is of step None, expected 3'):
+    resume.differences(tmp_path / 'one', tmp_path / 'same')
+
+
+def test_a_run_that_fails_or_ends_before_its_kill_says_why(tmp_path):
+  fails = [sys.executable, '-c', 'import sys; sys.exit("error: no")']
+  with pytest.raises(TrainingError, match='ended too early:\nerror: no'):
+    resume.train(fails, tmp_path)
+  with pytest.raises(TrainingError, match='ended too early'):
+    resume.train_and_kill([sys.executable, '-c', ''], tmp_path, 1, random.Random(0))
 
 
 def test_a_run_too_short_to_be_killed_is_refused(config):
@@ -45,7 +61,7 @@ def test_the_program_kills_resumes_and_compares(text_dir, tmp_path):
   done = subprocess.run(
     [
       sys.executable, 'experiments/check_resume.py', '--config=configs/quickstart.py',
-      f'--workdir={tmp_path}', '--kills=2', '--config.steps=16', '--config.checkpoint_every=2',
+      f'--workdir={tmp_path}', '--kills=2', '--config.steps', '16', '--config.checkpoint_every=2',
       '--config.optimizer.warmup_steps=2', f'--config.data.path={text_dir}',
       '--config.data.validation_fraction=0.2', '--config.data.seq_len=16',
       '--config.model.num_layers=1', '--config.model.model_dim=16', '--config.model.num_heads=1',
