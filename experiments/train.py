@@ -22,7 +22,8 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run: checkpoints, metrics, its config.'
 )
 _OVERHEAD = flags.DEFINE_integer(
-  'measure_overhead', None, 'Only measures, over so many steps, what the loop adds to a step.'
+  'measure_overhead', None, 'Only measures, over so many steps, what the loop adds to a step.',
+  lower_bound=1,
 )
 
 

@@ -40,7 +40,7 @@ class ModelConfig:
   param_dtype: str = 'float32'  # of the parameters
 
   remat: Remat = 'full'  # what the backward pass recomputes; see models/remat.py
-  unroll_layers: bool = False  # compile each layer for itself: faster steps, slower compilation
+  unroll_layers: bool = False  # compile each layer for itself: fewer copies, slower compilation
   loss_chunk: int | None = None  # positions whose logits exist at a time in the loss; None: all
   chunk_size: int | None = None  # tokens of a chunk in recurrent layers; None: the best known
   implementation: str | tuple[str, ...] | None = None  # of the operators; None: platform's best
