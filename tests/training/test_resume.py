@@ -36,13 +36,13 @@ def test_differences_are_named(config, tmp_path):
     'records of 3 and 2 steps, or not of the same'
   ]
   shutil.rmtree(tmp_path / 'same' / 'checkpoints')
-  with pytest.raises(TrainingError, match='in .*same is of step None, expected 3'):
+  with pytest.raises(TrainingError, match=r'in .*same is of step None, expected 3'):
     resume.differences(tmp_path / 'one', tmp_path / 'same')
 
 
 def test_a_run_that_fails_or_ends_before_its_kill_says_why(tmp_path):
   fails = [sys.executable, '-c', 'import sys; sys.exit("error: no")']
-  with pytest.raises(TrainingError, match='ended too early:\nerror: no'):
+  with pytest.raises(TrainingError, match=r'ended too early:\nerror: no'):
     resume.train(fails, tmp_path)
   with pytest.raises(TrainingError, match='ended too early'):
     resume.train_and_kill([sys.executable, '-c', ''], tmp_path, 1, random.Random(0))
