@@ -45,12 +45,26 @@ def test_contains():
   assert local_tasks.contains('anything', ['']) == 0
 
 
-def test_written_for_the_sets_that_are_there(tmp_path, data_dir):
-  written, skipped = local_tasks.write(tmp_path, data_dir)
+def test_written_for_the_sets_that_are_there(tmp_path):
+  sets = tmp_path / 'sets'
+  sets.mkdir()
+  for name, task in local_tasks.TASKS.items():
+    if name not in ('fda', 'swde'):
+      record = json.dumps(dict.fromkeys(task.columns, 'x'))
+      (sets / f'{task.files[-1]}.jsonl').write_text(record + '\n')  # by any of its names
+  written, skipped = local_tasks.write(tmp_path, sets)
   assert set(skipped) == {'fda', 'swde'}
   assert skipped['fda'].endswith('has no fda.jsonl (.xz, .gz)')
   assert set(written) == set(local_tasks.TASKS) - set(skipped)
-  assert json.dumps(str(data_dir.resolve()))[1:-1] in (tmp_path / 'piqa.yaml').read_text()
+  assert {path.stem for path in tmp_path.glob('*.yaml')} == set(written)
+  for name in written:
+    path = sets.resolve() / f'{local_tasks.TASKS[name].files[-1]}.jsonl'
+    assert json.dumps(str(path)) in (tmp_path / f'{name}.yaml').read_text()
+
+
+def test_the_sets_of_the_data_folder_have_their_columns(tmp_path, data_dir):
+  _, skipped = local_tasks.write(tmp_path, data_dir)
+  assert set(skipped) == {'fda', 'swde'}
 
 
 def test_wrong_columns_are_one_line(tmp_path):
