@@ -1,5 +1,6 @@
 """Next-token losses, token by token, without ever holding all the logits."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,9 +32,72 @@ def score(logits: Float[Array, 'B T S'], targets: Int[Array, 'B T']) -> TokenSco
     logits: unnormalised log probabilities.
     targets: token ids, each in [0, S).
   """
-  chosen_BT = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  nll_BT = jax.nn.logsumexp(logits, axis=-1) - chosen_BT
-  return TokenScores(nll_BT, chosen_BT >= jnp.max(logits, axis=-1))
+  return TokenScores(*_score(logits, targets))
+
+
+@jax.custom_vjp
+def _score(logits_BTS, targets_BT):
+  return _score_forward(logits_BTS, targets_BT)[0]
+
+
+def _score_forward(logits_BTS, targets_BT):
+  chosen_BT = jnp.take_along_axis(logits_BTS, targets_BT[..., None], axis=-1)[..., 0]
+  maximum_BT, sum_BT = jax.lax.platform_dependent(
+    logits_BTS, cuda=_maximum_and_sum_at_once, default=_maximum_and_sum
+  )
+  log_sum_BT = maximum_BT + jnp.log(sum_BT)
+  scores = log_sum_BT - chosen_BT, chosen_BT >= maximum_BT
+  return scores, (logits_BTS, log_sum_BT, targets_BT)
+
+
+def _score_backward(kept, cotangents):
+  """d nll / d logits = softmax(logits) - onehot(target)."""
+  logits_BTS, log_sum_BT, targets_BT = kept
+  softmax_BTS = jnp.exp(logits_BTS - log_sum_BT[..., None])
+  subtract = functools.partial(
+    jax.lax.platform_dependent, cuda=_subtract_by_comparing, default=_subtract_by_scatter
+  )
+  return subtract(cotangents[0][..., None] * softmax_BTS, targets_BT, cotangents[0]), None
+
+
+_score.defvjp(_score_forward, _score_backward)
+
+
+def _subtract_by_comparing(x_BTS, targets_BT, amount_BT):
+  """x less the amount at the targets: elementwise, so that a GPU does it while it makes x."""
+  index_BTS = jax.lax.broadcasted_iota(targets_BT.dtype, x_BTS.shape, x_BTS.ndim - 1)
+  return x_BTS - jnp.where(index_BTS == targets_BT[..., None], amount_BT[..., None], 0)
+
+
+def _subtract_by_scatter(x_BTS, targets_BT, amount_BT):
+  """Likewise, in place: elementwise, XLA's compiler for CPUs holds another array of x's size."""
+
+  def subtract(x_S, target, amount):
+    return x_S.at[target].add(-amount)
+
+  return jnp.vectorize(subtract, signature='(s),(),()->(s)')(x_BTS, targets_BT, amount_BT)
+
+
+def _maximum_and_sum(logits_BTS):
+  """m = max(logits) and sum(exp(logits - m)) over the vocabulary."""
+  maximum_BT = jnp.max(logits_BTS, axis=-1)
+  return maximum_BT, jnp.exp(logits_BTS - maximum_BT[..., None]).sum(axis=-1)
+
+
+def _maximum_and_sum_at_once(logits_BTS):
+  """Likewise, reading the logits once: sums of parts are rescaled to the larger maximum."""
+
+  def merge(a, b):
+    (a_max, a_sum), (b_max, b_sum) = a, b
+    maximum = jnp.maximum(a_max, b_max)
+    total = a_sum * jnp.exp(a_max - maximum) + b_sum * jnp.exp(b_max - maximum)
+    return maximum, total
+
+  lowest = jnp.finfo(logits_BTS.dtype).min  # not -inf, as inf - inf is NaN
+  zero, one = (jnp.asarray(x, logits_BTS.dtype) for x in (0, 1))
+  ones_BTS = jnp.broadcast_to(one, logits_BTS.shape)
+  start = jnp.asarray(lowest, logits_BTS.dtype), zero
+  return jax.lax.reduce((logits_BTS, ones_BTS), start, merge, (logits_BTS.ndim - 1,))
 
 
 def score_chunked(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rla_jax.models import PRESETS, LanguageModel, ModelConfig, count_parameters
+from rla_jax.models import loss as losses
 from rla_jax.models.loss import score, score_chunked
 from tests.layers.helpers import error
 
@@ -92,6 +93,29 @@ def test_chunked_loss_equals_the_plain_one():
     np.testing.assert_allclose(scores.nll, want_scores.nll, rtol=1e-5)
     np.testing.assert_array_equal(scores.correct, want_scores.correct)
     assert error(got[0], want[0]) < 1e-6 and error(got[1], want[1]) < 1e-6
+
+
+def test_the_gradient_of_a_score_is_that_of_its_definition():
+  logits = 5 * jax.random.normal(jax.random.key(0), (2, 7, 30))
+  logits = logits.at[0, 0, 3].set(-jnp.inf).at[0, 1, 4].set(1e4)
+  targets = jax.random.randint(jax.random.key(1), (2, 7), 5, 30)
+  weight = jax.random.normal(jax.random.key(2), (2, 7))
+
+  def definition(logits):
+    log_p = jax.nn.log_softmax(logits)
+    return -(weight * jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]).sum()
+
+  got = jax.jit(jax.grad(lambda x: (weight * score(x, targets).nll).sum()))(logits)
+  assert error(got, jax.jit(jax.grad(definition))(logits)) < 1e-6
+
+
+def test_one_pass_finds_maximum_and_sum():
+  logits = 20 * jax.random.normal(jax.random.key(0), (4, 300))
+  logits = logits.at[0, 0].set(-jnp.inf).at[1].set(-1e4).at[2, 5].set(1e4).at[3, 1].set(jnp.nan)
+  want = jax.jit(losses._maximum_and_sum)(logits)
+  got = jax.jit(losses._maximum_and_sum_at_once)(logits)
+  np.testing.assert_array_equal(got[0], want[0])
+  np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
 
 
 def test_loss_chunks_bound_the_memory_of_the_logits():
