@@ -7,15 +7,17 @@
   python experiments/mqar_sweep.py --workdir=runs/mqar --table_only
 
 All learning rates and seeds of a mixer at a width train together in one program
-(experiments/mqar/ensemble.py); --notogether trains one after the other in the training loop, which
-gives the same up to rounding. The same command again skips what is finished and goes on with what
-is not; --budget stops after so many seconds, with the state on disk. The table takes the best
-learning rate of each, mean over the seeds, and stands beside the published numbers. --more_seeds
-are trained after all else, at the learning rate that was best with --seeds alone, which halves the
-work of three seeds. --set=key=value overrides keys of configs/mqar.py.
+(experiments/mqar/ensemble.py), while that of the next mixer is compiled; --notogether trains one
+after the other in the training loop, which gives the same up to rounding. The same command again
+skips what is finished and goes on with what is not; --budget stops after so many seconds, with the
+state on disk. The table takes the best learning rate of each, mean over the seeds, and stands
+beside the published numbers. --more_seeds are trained after all else, at the learning rate that was
+best with --seeds alone, which halves the work of three seeds. --set=key=value overrides keys of
+configs/mqar.py.
 """
 
 import datetime
+import functools
 import hashlib
 import json
 import pathlib
@@ -26,6 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 from mqar import table
+from mqar.ahead import Ahead
 from mqar.alone import train_alone
 from mqar.ensemble import Ensemble, Member
 
@@ -83,29 +86,40 @@ def sweep(root: pathlib.Path) -> None:
   def late():
     return _BUDGET.value is not None and time.perf_counter() - begin > _BUDGET.value
 
-  total = len(jobs) * (2 if more_seeds else 1)
-  for number, job in enumerate(jobs):
-    if not _train(root, job, configs[job], members, late, total - number):
-      return
-  for number, job in enumerate(jobs if more_seeds else ()):
-    chosen = table.best_rate(table.last(_folder(root, job, members) / 'curve.csv'))
-    more = [Member(chosen, seed) for seed in more_seeds]
-    if not _train(root, job, configs[job], more, late, len(jobs) - number):
+  def find(job, is_second):
+    """Folder, config and members of a run; None while its learning rate is not known."""
+    found = members
+    if is_second:
+      curve = _folder(root, job, members) / 'curve.csv'
+      if not curve.exists():
+        return None
+      chosen = table.best_rate(table.last(curve))
+      found = [Member(chosen, seed) for seed in more_seeds]
+    return _folder(root, job, found), configs[job], found
+
+  plan = [(job, False) for job in jobs] + [(job, True) for job in jobs if more_seeds]
+  ahead = Ahead(_build)
+  for number, (job, is_second) in enumerate(plan):
+    run = find(job, is_second)
+    train = _one_by_one
+    if _TOGETHER.value:
+      later = [found for entry in plan[number + 1 :] if (found := find(*entry))]
+      train = functools.partial(_together, ahead, [r for r in later if not _is_finished(r[0])])
+    if not _train(job, run, train, late, len(plan) - number):
       return
 
 
-def _train(root, job, config, members, late, jobs_left) -> bool:
+def _train(job, run, train, late, runs_left) -> bool:
   """Trains the members of a mixer and width, or goes on; whether they are finished."""
-  folder, (mixer, width) = _folder(root, job, members), job
-  if (folder / 'curve.csv').exists():
+  (folder, config, _), (mixer, width) = run, job
+  if _is_finished(folder):
     print(f'{folder.name}: finished before')
     return True
   if late():
     print(f'{folder.name}: left for another call, the budget is spent')
     return False
   start = time.perf_counter()
-  train = _together if _TOGETHER.value else _one_by_one
-  curve, finished = train(config, members, folder, late)
+  curve, finished = train(*run, late)
   common = {
     'task': config.data.path, 'mixer': mixer, 'width': int(width),
     'state_bytes': state_bytes(config),
@@ -120,9 +134,13 @@ def _train(root, job, config, members, late, jobs_left) -> bool:
   for name in ('state.npz', 'unfinished.csv'):
     (folder / name).unlink(missing_ok=True)
   seconds = time.perf_counter() - start
-  left = duration(seconds * (jobs_left - 1))
+  left = duration(seconds * (runs_left - 1))
   print(f'{folder.name}: {duration(seconds)}; sweep ETA {left}', flush=True)
   return True
+
+
+def _is_finished(folder) -> bool:
+  return (folder / 'curve.csv').exists()
 
 
 def _folder(root, job, members) -> pathlib.Path:
@@ -149,12 +167,20 @@ def state_bytes(config) -> int:
   return sum(4 * x.size for x in jax.tree.leaves(states))
 
 
-def _together(config, members, folder, late) -> tuple[list[dict], bool]:
-  """The members' curves, and whether they came to the end."""
+def _build(folder, config, members) -> Ensemble:
   start = time.perf_counter()
   ensemble = Ensemble(config, members, folder)
+  seconds = duration(time.perf_counter() - start)
+  print(f'{folder.name}: data drawn and programs compiled in {seconds}', flush=True)
+  return ensemble
+
+
+def _together(ahead, later, folder, config, members, late) -> tuple[list[dict], bool]:
+  """The members' curves, and whether they came to the end. The next one is made meanwhile."""
+  ensemble = ahead.take(folder, folder, config, members)
+  if later:
+    ahead.begin(later[0][0], *later[0])
   first, ready = ensemble.epoch, time.perf_counter()
-  print(f'{folder.name}: ready after {duration(ready - start)}', flush=True)
 
   def report(line):
     done, now = ensemble.epoch - first, time.perf_counter() - ready
@@ -165,7 +191,7 @@ def _together(config, members, folder, late) -> tuple[list[dict], bool]:
   return ensemble.curve, finished
 
 
-def _one_by_one(config, members, folder, late) -> tuple[list[dict], bool]:
+def _one_by_one(folder, config, members, late) -> tuple[list[dict], bool]:
   """Likewise, of runs in the training loop."""
   rows = []
   for member in members:

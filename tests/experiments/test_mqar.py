@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'experiments'))
 
 from mqar import table  # noqa: E402
+from mqar.ahead import Ahead  # noqa: E402
 from mqar.alone import train_alone  # noqa: E402
 from mqar.arrays import evaluation_arrays, training_arrays  # noqa: E402
 from mqar.ensemble import Ensemble, Member  # noqa: E402
@@ -118,6 +119,22 @@ def test_the_command_trains_once_and_writes_its_table(config, tmp_path, capsys, 
   best = max(rates, key=lambda r: r['accuracy'])['learning_rate']
   assert [(r['epoch'], r['learning_rate'], r['seed']) for r in more] == [(2, best, 1)]
   assert not list(tmp_path.glob('*/state.npz'))
+
+
+def test_what_is_made_ahead_is_made_once_and_raises_where_it_is_taken():
+  made = []
+
+  def make(x):
+    made.append(x)
+    return 1 / x
+
+  ahead = Ahead(make)
+  for _ in range(2):
+    ahead.begin('a', 4)
+  assert (ahead.take('a', 4), ahead.take('b', 2), made) == (0.25, 0.5, [4, 2])
+  ahead.begin('a', 0)
+  with pytest.raises(ZeroDivisionError):
+    ahead.take('a', 0)
 
 
 def test_a_seed_is_not_one_of_more_seeds(tmp_path):
