@@ -124,7 +124,8 @@ from rla_jax.evaluation.local_tasks import contains
 
 def process_results(doc, results):
   """Whether an answer is in the generated line."""
-  target = doc.get('aliases') or doc.get('value') or doc.get('answers') or doc.get('answer')
+  names = ('aliases', 'value', 'answers', 'answer')
+  target = next((doc[name] for name in names if doc.get(name)), ())
   answers = target['text'] if isinstance(target, dict) else target
   return {'contains': contains(results[0], [answers] if isinstance(answers, str) else answers)}
 '''

@@ -1,6 +1,7 @@
 """The adapter in the harness itself; needs the extra `eval`."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -24,6 +25,34 @@ CHANCE = {
   'arc_easy': 1 / 4, 'arc_challenge': 1 / 4, 'piqa': 1 / 2, 'mmlu': 1 / 4, 'hellaswag': 1 / 4,
   'winogrande': 1 / 2, 'openbookqa': 1 / 4, 'social_iqa': 1 / 3, 'commonsense_qa': 1 / 5,
 }  # fmt: skip
+
+# One question of each set: what it is asked with, and its record for each answer that may be right.
+_LABELLED = {'text': ['wet', 'dry', 'hot', 'cold', 'old'], 'label': list('ABCDE')}
+_ASKED = {'question': 'What is water?', 'choices': _LABELLED}
+QUESTIONS = {
+  'arc_easy': (_ASKED, 'answerKey', list('ABCDE')),
+  'arc_challenge': (_ASKED, 'answerKey', list('ABCDE')),
+  'piqa': ({'goal': 'To dry', 'sol1': 'rub.', 'sol2': 'swim.'}, 'label', [0, 1]),
+  'mmlu': ({'question': 'Is it?', 'subject': 'a_b', 'choices': list('wxyz')}, 'answer', range(4)),
+  'hellaswag': ({'query': 'They run', 'choices': ['on', 'up', 'off', 'by']}, 'label', range(4)),
+  'winogrande': ({'sentence': 'The _ ran.', 'option1': 'ox', 'option2': 'elk'}, 'answer', '12'),
+  'boolq': ({'passage': 'Ice is cold.', 'question': 'is ice cold'}, 'answer', [False, True]),
+  'openbookqa': ({'question_stem': 'It is', 'choices': _LABELLED}, 'answerKey', list('ABCDE')),
+  'social_iqa': (
+    {'context': 'Al ran.', 'question': 'Why?', 'answerA': 'fun', 'answerB': 'fear', 'answerC': 'x'},
+    'label', '123',
+  ),
+  'commonsense_qa': (_ASKED, 'answerKey', list('ABCDE')),
+}  # fmt: skip
+ANSWERS = {'text': ['no such'], 'answer_start': [0]}
+LOOKED_UP = {
+  'drop': {'passage': 'a', 'question': 'b', 'answers': ['no such']},
+  'squad': {'title': 'a', 'context': 'b', 'question': 'c', 'answers': ANSWERS},
+  'nq': {'question': 'a', 'answer': ['no such']},
+  'triviaqa': {'context': 'a', 'aliases': ['no such']},
+  'fda': {'text': 'a', 'value': 'no such'},
+  'swde': {'text': 'a', 'value': ''},
+}
 
 TRAINED = TrainedModel(get_config(), None, None, models.TOKENIZER, step=0)
 
@@ -75,6 +104,46 @@ def test_generation_stops_and_refuses_sampling():
     lm.generate_until([Request('ab', greedy | {'do_sample': True})])
 
 
+def write_set(folder, name, found):
+  (folder / f'{name}.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in found))
+
+
+def test_one_answer_of_each_question_is_taken_for_right(tmp_path):
+  """What a model prefers does not depend on what is right: it is right once in all answers."""
+  from rla_jax.evaluation import harness
+
+  assert set(QUESTIONS) == set(SUITES['commonsense'])
+  for name, (asked, key, answers) in QUESTIONS.items():
+    write_set(tmp_path, name, [{**asked, key: answer} for answer in answers])
+  lm, _ = bigram_lm()
+  run = Run(TRAINED, lm.scorer, Settings(data_dir=str(tmp_path)), tmp_path)
+  results, skipped = harness.evaluate(run, 'commonsense', list(QUESTIONS))
+  assert not skipped
+  assert {r.task for r in results} == set(QUESTIONS)
+  for r in results:
+    assert r.samples == len(QUESTIONS[r.task][2])
+    assert r.value == pytest.approx(1 / r.samples), (r.task, r.metric)
+
+
+def test_answers_are_looked_for_in_what_is_generated(tmp_path):
+  from rla_jax.evaluation import harness
+
+  assert set(LOOKED_UP) == set(SUITES['recall'])
+  lm, _ = bigram_lm(batch_size=2)
+  (made,) = lm.generate_until([Request('a', {'until': ['\n'], 'max_gen_toks': 48})], True)
+  assert made
+  for name, record in LOOKED_UP.items():
+    write_set(tmp_path, name, [record, record])
+  write_set(tmp_path, 'triviaqa', [LOOKED_UP['triviaqa'], {'context': 'a', 'aliases': ['', made]}])
+  settings = Settings(data_dir=str(tmp_path), batch_size=2)
+  run = Run(TRAINED, lm.scorer, settings, tmp_path)
+  results, skipped = harness.evaluate(run, 'recall', list(LOOKED_UP))
+  assert not skipped
+  assert {(r.task, r.metric, r.samples, r.value) for r in results} == {
+    (name, 'contains', 2, 0.5 if name == 'triviaqa' else 0.0) for name in LOOKED_UP
+  }
+
+
 def test_random_weights_score_at_chance_whatever_the_batch_size(data_dir, tmp_path):
   from rla_jax.evaluation import harness
 
@@ -115,7 +184,20 @@ def test_recall_tasks_run_in_few_programs(data_dir, tmp_path):
   ]
 
 
-def test_spacing_is_restored_as_the_harness_does(data_dir):
+PAGES = (
+  ' = A = \n \n = = B = = \n \n = = = C = = = \n 3 @.@ 5 well @-@ known 1 @,@ 000 , it : ; ! . N ',
+  'the dogs \' tails , " so " ( a ( b ) ) [ c ] { d } \' e \' it \'s 5 \N{DEGREE SIGN} C /\' 5/ \n',
+)
+
+
+def test_spacing_is_restored_as_the_harness_does():
+  from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+  for page in PAGES:
+    assert wikitext.restore_spacing(page) == wikitext_detokenizer({'page': page}) != page
+
+
+def test_spacing_of_the_data_folder_is_restored_as_the_harness_does(data_dir):
   from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
   for record in records.read(records.find(data_dir, *wikitext.NAMES)):
