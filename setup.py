@@ -19,11 +19,13 @@ TRAIN = [
 ]
 # jax-triton 0.4.1 does not lower under jit on jax 0.12.
 CUDA = ['jax[cuda13]<0.12', 'jax-triton>=0.3.1,<0.4', 'triton>=3.6']
+# The compilers for TPUs and GPUs, without NVIDIA's libraries, which a compiler does not need.
 TEST = [
   'flatbuffers>=24',
   'hypothesis>=6.100',
-  'jax[tpu]',
-  'jax-triton>=0.3.1',
+  'jax[cuda13-local,tpu]',
+  'jax-triton>=0.3.1,<0.4',
+  'lm_eval>=0.4.13',
   'pytest>=8',
   'pytest-xdist>=3.6',
   'ruff==0.17.6',
