@@ -16,17 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax import ops
 from rla_jax.layers.cache import RecurrentCache, last_segment
-from rla_jax.layers.conv import init_taps, next_tail, short_convolution
+from rla_jax.layers.conv import init_taps, next_tail
 from rla_jax.layers.gates import compute_gates, gate_parameters
-from rla_jax.layers.norms import at_least_float32, l2_norm, rms_norm
-from rla_jax.layers.rope import rotate
+from rla_jax.layers.head_inputs import ACTIVATIONS, head_inputs
+from rla_jax.layers.norms import at_least_float32, rms_norm
 from rla_jax.layers.settings import Settings
 from rla_jax.layers.split import divide
 from rla_jax.layers.statistics import recurrence_statistics
 from rla_jax.ops.segments import count_segments
 from rla_jax.shapes import Array, Float, Segments
-
-_ACTIVATIONS = {'silu': jax.nn.silu, 'sigmoid': jax.nn.sigmoid, 'none': lambda x: x}
 
 
 def parameters(s: Settings, model_dim: int) -> dict:
@@ -107,10 +105,10 @@ def mix(
       tails[name] = last_BTX.astype(tail.dtype)
     taps_WX = params.get(f'{name}_conv')
     if division is None:
-      heads[name] = _head_inputs(s, name, h_BTX, taps_WX, documents_BT, tail, positions_T)
+      heads[name] = head_inputs(s, name, h_BTX, taps_WX, documents_BT, tail, positions_T)
     else:
       heads[name] = division.head_inputs(
-        functools.partial(_head_inputs, s, name), s.num_heads if name == 'v' else s.key_heads,
+        functools.partial(head_inputs, s, name), s.num_heads if name == 'v' else s.key_heads,
         h_BTX, taps_WX, segment_ids, tail, positions_T,
       )  # fmt: skip
   gates = compute_gates(s, params, x_BTD)
@@ -136,28 +134,6 @@ def mix(
   state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, cache.state)
   length = cache.length + x.shape[1]
   return y_BTD, RecurrentCache(tails, state, last_segment(segment_ids, cache), length)
-
-
-# Elementwise work, so cheaper to repeat in the backward pass than to keep its float32 inside.
-@functools.partial(jax.checkpoint, static_argnums=(0, 1))
-def _head_inputs(s, name, h_BTX, taps_WX, documents_BT, tail_BTX, positions_T):
-  """Convolution, activation, norm and rotation of q, k or v; rounded once, at the end."""
-  B, T, X = h_BTX.shape
-  dtype = h_BTX.dtype
-  size = s.value_dim if name == 'v' else s.head_dim
-  h_BTX = h_BTX.astype(at_least_float32(dtype))
-  if taps_WX is not None:
-    h_BTX = short_convolution(h_BTX, taps_WX, documents_BT, tail_BTX)
-  h_BTHX = _ACTIVATIONS[s.activation](h_BTX).reshape(B, T, X // size, size)
-  if name == 'v':
-    return h_BTHX.astype(dtype)
-  scale = 1.0
-  if name == 'q':
-    scale = s.head_dim**-0.5 if s.query_scale is None else s.query_scale
-  h_BTHX = l2_norm(h_BTHX, scale) if s.qk_norm else h_BTHX * scale
-  if s.rope_base is not None:
-    h_BTHX = rotate(h_BTHX, positions_T, s.rope_base)
-  return h_BTHX.astype(dtype)
 
 
 def _recur(s, heads, gates, segment_ids, state, axis_name=None):
@@ -215,6 +191,7 @@ def _output_gate(s, params, x_BTD):
   return x_BTD
 
 
+# Elementwise work, so cheaper to repeat in the backward pass than to keep its float32 inside.
 @functools.partial(jax.checkpoint, static_argnums=(0,))
 def _head_outputs(s, o_BTHV, v_BTHV, skip_H, gate_BTX, scale):
   """Skip, norm and gate of the read-out, heads merged; rounded once, at the end."""
@@ -227,7 +204,7 @@ def _head_outputs(s, o_BTHV, v_BTHV, skip_H, gate_BTX, scale):
     o_BTHV = rms_norm(o_BTHV, scale, s.norm_eps)
   o_BTX = o_BTHV.reshape(B, T, H * V)
   if gate_BTX is not None:
-    o_BTX *= _ACTIVATIONS[s.output_gate](gate_BTX.astype(o_BTX.dtype))
+    o_BTX *= ACTIVATIONS[s.output_gate](gate_BTX.astype(o_BTX.dtype))
   if s.output_norm == 'gated':
     o_BTX = rms_norm(o_BTX, scale, s.norm_eps)
   return o_BTX.astype(dtype)

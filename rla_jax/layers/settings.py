@@ -62,7 +62,8 @@ class Settings:
   param_dtype: Any = jnp.float32  # of the parameters
   kernel_init: Callable = DEFAULT_INIT  # of the projections
   chunk_size: int | None = None  # tokens of a chunk; None: the implementation's choice
-  implementation: str | Sequence[str] | None = None  # of the operator; None: the platform's best
+  # Of the operator, and of its inputs where Triton comes first; None: the platform's best.
+  implementation: str | Sequence[str] | None = None
   exchange_heads: bool = False  # on a split sequence: tokens for heads, instead of states
 
   def __post_init__(self):

@@ -65,7 +65,7 @@ def select(
     NotImplementedError: none of those asked for serves the call; the message says why each does
       not and which do.
   """
-  names = _candidates(implementation)
+  names = candidates(implementation)
   refused = {}
   for name in names:
     refused[name] = _reason(name, inputs, options)
@@ -80,7 +80,7 @@ def select_step(
   """Name of the implementation that serves one step of decoding. Raises as `select` does."""
   names = implementation or _PREFERRED_STEP.get(current_platform(), ('reference',))
   refused = {}
-  for name in _candidates(names):
+  for name in candidates(names):
     refused[name] = _step_reason(name, inputs, options)
     if refused[name] is None:
       return name
@@ -92,7 +92,12 @@ def module(name: str):
   return importlib.import_module(_MODULES[name])
 
 
-def _candidates(implementation):
+def candidates(implementation: str | Sequence[str] | None) -> Sequence[str]:
+  """Names in the order in which they are tried.
+
+  Raises:
+    ValueError: an unknown name, an empty sequence.
+  """
   if implementation is None:
     return _PREFERRED.get(current_platform(), ('chunked',))
   names = (implementation,) if isinstance(implementation, str) else tuple(implementation)

@@ -56,19 +56,24 @@ def _bits(array):
   return np.ascontiguousarray(array).view(np.uint16) if array.dtype == _BFLOAT16 else array
 
 
+def _mask(handle):
+  """A mask as numpy's bool; the interpreter makes integers of a scalar one that is broadcast."""
+  return handle.data.astype(bool, copy=False)
+
+
 def _masked_load(builder, pointers, mask, other, *cache_policy, **more):
   del builder, cache_policy, more
   element_type = pointers.get_element_ty()
   dtype = _numpy_dtype(element_type)
   memory_dtype = np.dtype(np.uint16) if dtype == _BFLOAT16 else dtype
   padding = np.zeros(pointers.data.shape, memory_dtype) if other is None else _bits(other.data)
-  loaded = interpreter._interpreter.load(pointers.data, mask.data, padding, memory_dtype)
+  loaded = interpreter._interpreter.load(pointers.data, _mask(mask), padding, memory_dtype)
   return interpreter.TensorHandle(loaded.view(dtype), element_type)
 
 
 def _masked_store(builder, pointers, value, mask, *cache_policy, **more):
   del builder, cache_policy, more
-  return interpreter._interpreter.store(pointers.data, _bits(value.data), mask.data)
+  return interpreter._interpreter.store(pointers.data, _bits(value.data), _mask(mask))
 
 
 def _cast(builder, source, target_type):

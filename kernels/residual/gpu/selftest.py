@@ -3,7 +3,8 @@
 Compilers have computed wrong gradients on some cards without a word. So every configuration in use,
 those of the heuristic and those of this card's tuned table, runs forward and backward on small
 problems, and values and gradients are held against the recurrence in float64, token by token. The
-decode step likewise; on several GPUs also that a sharded call gathers nothing.
+decode step and the layers' short convolution likewise; on several GPUs also that a sharded call
+gathers nothing.
 
 Prints a table; exits with 1 and names the Triton version if anything is wrong.
 """
@@ -22,6 +23,7 @@ import numpy as np
 import triton
 
 from rla_jax.kernels.residual.gpu import blocks, call, candidates, step
+from rla_jax.kernels.short_conv.gpu import selftest as short_conv
 
 CLIP = 1.0
 NAMES = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma', 'base', 'residual')
@@ -235,6 +237,15 @@ def check_step(dtype: str, size: int, *, interpret: bool = False) -> dict[str, f
   return shares
 
 
+def check_short_conv(case: short_conv.Case, *, interpret: bool = False) -> dict[str, float]:
+  """The same for the short convolution."""
+  values, tensors, _ = BARS[case.dtype]
+  # Sums over all tokens are float32 whatever the inputs are.
+  bars = {'y': values, 'dh': tensors, 'dtail': tensors, 'dtaps': BARS['float32'][1]}
+  errors = short_conv.check(case, interpret=interpret)
+  return {name: error / bars[name] for name, error in errors.items()}
+
+
 def check_sharded() -> str | None:
   """What is wrong with a call that is sharded over all devices, or None."""
   devices = jax.device_count()
@@ -289,14 +300,17 @@ def main() -> int:
   find = candidate_cases if arguments.candidates else heuristic_cases
   cases += find(arguments.sizes, arguments.dtypes)
   runs = [(case, length) for case in cases for length in lengths(case.blocks)]
+  convolutions = short_conv.cases(arguments.sizes, arguments.dtypes)
   wrong = 0
   with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
     futures = [
       pool.submit(check, case, length=length, seed=seed)
       for seed, (case, length) in enumerate(runs)
     ]
-    for index, ((case, length), future) in enumerate(zip(runs, futures, strict=True), 1):
-      name = f'[{index}/{len(runs)}] {case} length {length}'
+    names = [f'{case} length {length}' for case, length in runs] + list(map(str, convolutions))
+    futures += [pool.submit(check_short_conv, case) for case in convolutions]
+    for index, (name, future) in enumerate(zip(names, futures, strict=True), 1):
+      name = f'[{index}/{len(names)}] {name}'
       try:
         wrong += not report(name, future.result())
       except Exception as error:  # whatever the compiler or the driver raises is a finding

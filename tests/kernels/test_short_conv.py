@@ -1,0 +1,348 @@
+"""The short convolution's kernels without a GPU: interpreted, compiled, and inside a layer."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip('triton')
+
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rla_jax import layers, sharding
+from rla_jax.kernels.residual.gpu import selftest
+from rla_jax.kernels.short_conv import gpu
+from rla_jax.kernels.short_conv.gpu import call
+from rla_jax.kernels.short_conv.gpu import selftest as cases
+from rla_jax.kernels.short_conv.gpu.backward import backward_kernel
+from rla_jax.kernels.short_conv.gpu.forward import forward_kernel
+from rla_jax.layers import head_inputs, recurrent, split
+from rla_jax.layers.conv import short_convolution
+from rla_jax.layers.norms import l2_norm
+from rla_jax.layers.settings import Settings
+from tests.kernels import triton_harness as harness
+from tests.layers.helpers import error
+
+BARS = {'float32': 2e-5, 'bfloat16': 0.005, 'float16': 0.005}
+COLLECTIVES = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A problem; `documents` is the mean length of one."""
+
+  T: int = 21
+  H: int = 2
+  S: int = 64
+  B: int = 2
+  W: int = 4
+  dtype: str = 'float32'
+  tail: bool = False
+  documents: int | None = None
+  norm: bool = True
+  activation: str = 'silu'
+
+
+CASES = {
+  'documents, tail': Case(documents=5, tail=True),
+  'mixed tiles and others': Case(T=69, B=1, documents=25),
+  'ends where a tile ends': Case(T=32, B=1, S=8),
+  'fewer tokens than taps': Case(T=2, tail=True),
+  'one token': Case(T=1, documents=5, tail=True),
+  'heads of 100, three taps': Case(T=9, S=100, H=3, W=3, documents=5, tail=True),
+  'heads of 128, no norm': Case(S=128, H=1, B=1, norm=False),
+  'no activation, two taps': Case(W=2, activation='none', norm=False, documents=5, tail=True),
+  'no activation, norm': Case(T=11, H=5, activation='none', S=12),
+  'bfloat16': Case(B=1, dtype='bfloat16', documents=5, tail=True),
+  'float16': Case(T=9, dtype='float16', S=16),
+}
+
+
+def problem(case, seed=0):
+  """h, taps, tail, documents and the cotangent."""
+  rng = np.random.default_rng(seed)
+  B, T, X = case.B, case.T, case.H * case.S
+  h, tail = (rng.standard_normal((B, n, X)) for n in (T, case.W - 1))
+  taps = rng.uniform(-1, 1, (case.W, X))
+  documents = None
+  if case.documents:
+    starts = rng.random((B, T)) < 1 / case.documents
+    documents = jnp.asarray(np.cumsum(starts, 1) - starts[:, :1], jnp.int32)
+  dy = rng.standard_normal((B, T, case.H, case.S))
+  h, tail, dy = (jnp.asarray(x, case.dtype) for x in (h, tail, dy))
+  return h, jnp.asarray(taps, jnp.float32), tail if case.tail else None, documents, dy
+
+
+def options(case):
+  scale = case.S**-0.5 if case.norm else 1.0
+  return {'size': case.S, 'activation': case.activation, 'norm': case.norm, 'scale': scale}
+
+
+def interpreted(case):
+  """The kernels with tiles of 16 tokens and, of small heads, of some heads."""
+  silu, scale = case.activation == 'silu', options(case)['scale']
+  tiles = call.Tile(32, 16, 4), call.Tile(32, 16, 2)
+  config = call.Config(silu, case.norm, scale, 1e-6, True, *tiles)
+
+  def run(h, taps, tail, documents):
+    h, taps, tail = (
+      None if x is None else x.reshape(*x.shape[:-1], -1, case.S) for x in (h, taps, tail)
+    )
+    return call.convolve(config, h, taps, tail, documents)
+
+  return run
+
+
+def plain(case):
+  def run(h, taps, tail, documents):
+    z = short_convolution(h, taps, documents, tail)
+    a = head_inputs.ACTIVATIONS[case.activation](z).reshape(*h.shape[:2], -1, case.S)
+    scale = options(case)['scale']
+    return l2_norm(a, scale) if case.norm else a * scale
+
+  return run
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, h, taps, tail, documents, dy):
+  y, pull = jax.vjp(lambda *x: function(*x, documents), h, taps, tail)
+  return dict(zip(('y', 'dh', 'dtaps', 'dtail'), (y, *pull(dy)), strict=True))
+
+
+def exact(case, *arguments):
+  """In float64."""
+  with jax.enable_x64(True):
+    wide = [x if x is None or x.dtype == jnp.int32 else x.astype(jnp.float64) for x in arguments]
+    return value_and_gradients(plain(case), *wide)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_values_and_gradients(name):
+  case = CASES[name]
+  arguments = problem(case)
+  got = value_and_gradients(interpreted(case), *arguments)
+  want = exact(case, *arguments)
+  assert got['y'].dtype == case.dtype and got['dtaps'].dtype == jnp.float32
+  for key, x in got.items():
+    if want[key] is not None:
+      # Sums over all tokens are float32 whatever the inputs are.
+      bar = BARS['float32' if key == 'dtaps' else case.dtype]
+      assert x.shape == want[key].shape and error(x, want[key]) < bar, (key, error(x, want[key]))
+
+
+@pytest.mark.parametrize('at', ['last', 'first', 'tail'])
+def test_what_is_not_finite_stays_in_its_document(at):
+  """Also where a tile ends, whose neighbour computes its gradient."""
+  case = Case(T=40, B=1, H=1, S=8, tail=True)
+  h, taps, tail, _, dy = problem(case)
+  ids = np.zeros((1, 40), np.int32)
+  ids[:, 16:] = 1  # a tile has 16 tokens
+  documents = jnp.asarray(ids)
+  bad = {'last': (15, 0), 'first': (16, 1), 'tail': (None, 0)}[at]
+  if at == 'tail':
+    broken = (h, taps, tail.at[:, -1].set(jnp.nan))
+  else:
+    broken = (h.at[:, bad[0]].set(jnp.nan), taps, tail)
+  found = value_and_gradients(interpreted(case), *broken, documents, dy)
+  clean = value_and_gradients(interpreted(case), h, taps, tail, documents, dy)
+  others = ids[0] != bad[1]
+  for key in ('y', 'dh'):
+    assert np.isnan(found[key][:, ~others]).any()
+    np.testing.assert_array_equal(found[key][:, others], clean[key][:, others])
+  assert np.isnan(found['dtail']).any() == (at == 'tail')
+
+
+def test_taps_under_vmap():
+  """Each of several models has its own taps; inputs are shared by all."""
+  case = Case(T=5, B=2, S=8)
+  h, _, _, _, dy = problem(case)
+  taps = jnp.stack([problem(case, seed)[1] for seed in range(3)])
+
+  def gradients(function, taps):
+    found = value_and_gradients(function, h, taps, None, None, dy)
+    return found['y'], found['dh'], found['dtaps']
+
+  got = jax.vmap(functools.partial(gradients, interpreted(case)))(taps)
+  want = jax.vmap(functools.partial(gradients, plain(case)))(taps)
+  for x, y in zip(got, want, strict=True):
+    assert error(x, y) < 2e-5
+
+
+def test_partitioned_call_gathers_nothing():
+  """Forward and backward on sequences and heads of their own; only dtaps is summed."""
+  case = Case(T=16, B=4, H=4, S=8, documents=5, tail=True)
+  mesh = sharding.make_mesh(data=4, tensor=2)
+  arguments = problem(case)
+  specs = [('data', None, 'tensor'), (None, 'tensor'), ('data', None, 'tensor'), ('data',)]
+  specs.append(('data', None, 'tensor'))
+  placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*s)))
+            for x, s in zip(arguments, specs, strict=True)]  # fmt: skip
+  function = functools.partial(value_and_gradients, interpreted(case))
+  text = jax.jit(function).lower(*placed).compile().as_text()
+  assert [x for x in COLLECTIVES if x in text] == ['all-reduce']
+  assert all(f'f32[{case.W},2,8]' in x for x in text.splitlines() if ' all-reduce(' in x)
+
+
+@pytest.mark.parametrize(
+  ('backward', 'dtype', 'capability'),
+  [
+    (True, 'bf16', 90),
+    (False, 'bf16', 90),
+    *(pytest.param(b, d, c, marks=pytest.mark.slow)
+      for b in (True, False) for d, c in (('bf16', 80), ('fp32', 90), ('fp16', 80))),
+  ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+  'size', [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 100, 256))]
+)
+def test_compiles_without_spills(backward, dtype, capability, size):
+  kernel, tile = (backward_kernel, call.BACKWARD) if backward else (forward_kernel, call.FORWARD)
+  block_s = 128 if size == 100 else size
+  block_h = max(1, tile.channels // block_s)
+  x = f'*{dtype}'
+  given = [x, '*fp32', x, '*i32', *([x] if backward else []), 'i32', 'i32']
+  compiled = harness.compile_kernel(
+    kernel,
+    given + ([x, '*fp32', x] if backward else [x]),
+    {
+      'H': 8, 'S': size, 'BLOCK_H': block_h, 'BLOCK_S': block_s, 'WIDTH': 4, 'ROW_TAPS': False,
+      'TOKENS': tile.tokens, 'GROUP': tile.group, 'TAIL': True, 'SEGMENTED': True, 'SILU': True,
+      'NORM': True, 'SCALE': 0.1, 'EPS': 1e-6,
+    },
+    capability=capability,
+    num_warps=block_h * block_s // (32 * tile.each),
+    num_stages=1,
+  )  # fmt: skip
+  assert compiled.spill_bytes == 0
+  if size <= 128 and capability == 90:
+    assert compiled.registers <= 128  # sixteen warps a multiprocessor
+  # Four channels at a time, of inputs and results.
+  bits = 32 if dtype == 'fp32' else 16
+  assert f'ld.global.v{4 * bits // 32}.b32' in compiled.ptx
+  assert f'st.global.v{4 * bits // 32}.b32' in compiled.ptx
+
+
+@pytest.mark.parametrize('wrong', [False, True])
+def test_self_test(monkeypatch, capsys, wrong):
+  """It passes the kernels, and finds one part in ten thousand of a gradient."""
+  if wrong:
+    backward = call._backward
+
+    def miscompiled(config):
+      def run(*arguments):
+        dh, dtaps, dtail = backward(config)(*arguments)
+        return dh, 1.0001 * dtaps, dtail
+
+      return run
+
+    monkeypatch.setattr(call, '_backward', miscompiled)
+  case = cases.Case('float32', 4, norm=True, packed=True)
+  assert case in cases.cases([4], ['float32'])
+  assert selftest.report('x', selftest.check_short_conv(case, interpret=True)) != wrong
+  assert ('WRONG x: worst dtaps' in capsys.readouterr().out) == wrong
+
+
+# --- in the layers ---
+
+
+@pytest.mark.parametrize(
+  ('change', 'reason'),
+  [
+    ({}, None),
+    ({'implementation': 'triton'}, None),
+    ({'implementation': ('chunked', 'triton')}, "first implementation is 'chunked'"),
+    ({'conv_width': None}, 'the layer has none'),
+    ({'conv_width': 5}, '2, 3 or 4 tokens, not 5'),
+    ({'rope_base': 1e4}, 'no rotary'),
+    ({'head_dim': 512}, 'up to 256 channels, not 512'),
+    ({'length': 1}, 'one token'),
+    ({'dtype': jnp.float64}, 'not float64'),
+    ({'platform': 'tpu', 'implementation': 'triton'}, "the platform is 'tpu'"),
+    ({'platform': 'cpu'}, "first implementation is 'chunked'"),
+  ],
+)
+def test_layers_say_why_they_do_not_use_the_kernel(monkeypatch, change, reason):
+  change = {'length': 16, 'dtype': jnp.bfloat16, 'platform': 'gpu'} | change
+  length, dtype, platform = (change.pop(name) for name in ('length', 'dtype', 'platform'))
+  for module in ('rla_jax.layers.head_inputs', 'rla_jax.ops.dispatch'):
+    monkeypatch.setattr(f'{module}.current_platform', lambda: platform)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: name)
+  found = head_inputs.explain_kernel(Settings(**change), 'q', length, dtype)
+  assert found is None if reason is None else reason in found
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+  """Switches the interpreted kernel on and off in the layers; its calls are counted."""
+  calls = []
+
+  def run(*arguments, **more):
+    calls.append(more)
+    return gpu_short_conv(*arguments, interpret=True, **more)
+
+  gpu_short_conv, explain = gpu.short_conv, head_inputs.explain_kernel
+
+  def switch(on):
+    calls.clear()
+    monkeypatch.setattr(gpu, 'short_conv', run)
+    monkeypatch.setattr(head_inputs, 'explain_kernel', (lambda *_: None) if on else explain)
+    return calls
+
+  return switch
+
+
+def test_layer_with_the_kernel(kernel, monkeypatch):
+  """Values, gradients and cache of a layer that goes on from a cache, around a simple operator."""
+
+  def recur(s, heads, gates, segment_ids, state):
+    scores_BTH = jnp.repeat(jnp.sum(heads['q'] * heads['k'], -1), 2, axis=2)
+    return scores_BTH[..., None] * heads['v'], state
+
+  monkeypatch.setattr(recurrent, '_recur', recur)
+  layer = layers.ResidualDeltaNet(num_heads=4, num_qk_heads=2, head_dim=8)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 24))
+  ids = jnp.asarray([[0] * 3 + [1] * 2, [0] * 5])
+  params = jax.jit(layer.init)(jax.random.key(1), x)
+  cache = layer.init_cache(2, 5)
+  keys = jax.random.split(jax.random.key(2), 3)
+  tails = {name: jax.random.normal(key, cache.tails[name].shape)
+           for name, key in zip('qkv', keys, strict=True)}  # fmt: skip
+
+  def run(params, x, tails):
+    y, new = layer.apply(params, x, ids, cache._replace(tails=tails))
+    return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), (y, new)
+
+  def everything():
+    return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(params, x, tails)
+
+  assert not kernel(on=False)
+  want = everything()
+  calls = kernel(on=True)
+  got = everything()
+  assert [c['norm'] for c in calls] == [True, True, False]
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert x.dtype == y.dtype
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_kernel_on_a_split_sequence(kernel):
+  """The inputs before a shard come from its neighbour, and their gradient goes there."""
+  s = Settings(num_heads=2, head_dim=8)
+  case = Case(T=16, H=2, S=8)
+  h, taps, _, _, dy = problem(case)
+  ids = jnp.asarray([[0] * 7 + [1] * 9, [0] * 16])
+  function = functools.partial(recurrent.head_inputs, s, 'q')
+
+  def run(h, taps, tail, documents):
+    assert tail is None and documents is None
+    return split.divide(2, 16).head_inputs(function, 2, h, taps, ids, None, jnp.arange(16))
+
+  kernel(on=True)
+  with jax.set_mesh(sharding.make_mesh(data=1, seq=2, devices=jax.devices()[:2])):
+    got = value_and_gradients(run, h, taps, None, None, dy)
+  want = exact(case, h, taps, None, ids, dy)
+  for key in ('y', 'dh', 'dtaps'):
+    assert error(got[key], want[key]) < 2e-5, key
