@@ -189,11 +189,31 @@ class LanguageModel(nn.Module):
     return _head(x_BTD, self._head_kernel())
 
 
-def _head(x_BTD, kernel):
-  # Cast here, not before: the loss adds up the kernel's gradient over its chunks in float32.
-  return jnp.dot(
-    x_BTD, kernel.astype(x_BTD.dtype), preferred_element_type=at_least_float32(x_BTD.dtype)
+@jax.custom_vjp
+def _head(x_BTD, kernel_DS):
+  """Logits, added up in float32 or better."""
+  dtype = at_least_float32(x_BTD.dtype)
+  return jnp.dot(x_BTD, kernel_DS.astype(x_BTD.dtype), preferred_element_type=dtype)
+
+
+def _head_forward(x_BTD, kernel_DS):
+  return _head(x_BTD, kernel_DS), (x_BTD, kernel_DS)
+
+
+def _head_backward(kept, dlogits_BTS):
+  """Products in bfloat16 where the forward one is: JAX's own rule would make them float32's."""
+  x_BTD, kernel_DS = kept
+  if x_BTD.dtype == jnp.bfloat16:  # float16 has no room for a mean's small gradients
+    dlogits_BTS = dlogits_BTS.astype(jnp.bfloat16)
+  dx_BTD = jnp.einsum('bts,ds->btd', dlogits_BTS, kernel_DS.astype(x_BTD.dtype))
+  # In the kernel's dtype at once: the loss adds up its gradient over its chunks.
+  dkernel_DS = jnp.einsum(
+    'btd,bts->ds', x_BTD, dlogits_BTS, preferred_element_type=kernel_DS.dtype
   )
+  return dx_BTD.astype(x_BTD.dtype), dkernel_DS.astype(kernel_DS.dtype)
+
+
+_head.defvjp(_head_forward, _head_backward)
 
 
 def count_parameters(config: ModelConfig) -> int:
