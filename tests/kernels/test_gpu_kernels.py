@@ -236,12 +236,15 @@ def test_refuses_a_chunk_size_it_lacks():
     )
 
 
-# --- compilation: K = V = 128, bfloat16, the heuristic's choice for 256 heads of 2048 tokens ---
+# --- compilation: K = V = 128, bfloat16, the heuristic's choice for 256 heads of 2048 tokens, or
+# for 64 of 8192, where RDN's walk takes half the tile ---
 
 KERNELS = {
   'prepare': prepare_kernel,
   'forward': forward_kernel,
   'forward, saving': forward_kernel,
+  'forward, few heads': forward_kernel,
+  'forward, saving, few heads': forward_kernel,
   'sweep': sweep_kernel,
   'gradients': gradients_kernel,
   'transitions': transitions_kernel,
@@ -259,9 +262,10 @@ SCALARS = ('T', 'chunks', 'first_chunk')
 def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness.Compiled:
   """The compiler's report of a kernel in the default configuration."""
   kernel = KERNELS[name]
+  heads, length = (64, 8192) if 'few heads' in name else (256, 2048)
   chosen = blocks.heuristic(
-    delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=256,
-    length=2048,
+    delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=heads,
+    length=length,
   )  # fmt: skip
   word = name.split(',')[0]
   split_launches = {'transitions': chosen.forward, 'combine': COMBINE}
@@ -315,6 +319,8 @@ BUILDS = [
   (90, 'forward', 'delta'),
   (90, 'forward', 'additive'),
   (90, 'forward, saving', 'delta'),
+  (90, 'forward, few heads', 'delta residual'),
+  (90, 'forward, saving, few heads', 'delta residual'),
   (90, 'sweep', 'delta residual'),
   (90, 'sweep', 'additive residual'),
   (90, 'sweep', 'delta'),
@@ -341,7 +347,8 @@ def test_fits_the_card(capability, name, rule):
   report = compiled(name, capability, *RULES[rule])
   assert report.shared_bytes <= SHARED_LIMIT[capability]
   if capability == 90 and name not in ('prepare', 'combine'):
-    assert report.uses_wgmma
+    # Half a tile is too narrow for them, and yet faster: it was measured.
+    assert report.uses_wgmma == ('few heads' not in name)
 
 
 @pytest.mark.parametrize(
