@@ -59,6 +59,10 @@ CASES = {
   'bfloat16': Case(B=1, dtype='bfloat16', documents=5, tail=True),
   'float16': Case(T=9, dtype='float16', S=16),
 }
+# Each of these has most in common with one that always runs.
+RARE = (
+  'ends where a tile ends', 'one token', 'heads of 128, no norm', 'no activation, norm', 'float16'
+)  # fmt: skip
 
 
 def problem(case, seed=0):
@@ -81,6 +85,7 @@ def options(case):
   return {'size': case.S, 'activation': case.activation, 'norm': case.norm, 'scale': scale}
 
 
+@functools.cache  # the same function is compiled once
 def interpreted(case):
   """The kernels with tiles of 16 tokens and, of small heads, of some heads."""
   silu, scale = case.activation == 'silu', options(case)['scale']
@@ -96,6 +101,7 @@ def interpreted(case):
   return run
 
 
+@functools.cache
 def plain(case):
   def run(h, taps, tail, documents):
     z = short_convolution(h, taps, documents, tail)
@@ -119,7 +125,9 @@ def exact(case, *arguments):
     return value_and_gradients(plain(case), *wide)
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name', [pytest.param(n, marks=[pytest.mark.slow] * (n in RARE)) for n in CASES]
+)
 def test_values_and_gradients(name):
   case = CASES[name]
   arguments = problem(case)
@@ -155,20 +163,25 @@ def test_what_is_not_finite_stays_in_its_document(at):
   assert np.isnan(found['dtail']).any() == (at == 'tail')
 
 
-def test_taps_under_vmap():
-  """Each of several models has its own taps; inputs are shared by all."""
-  case = Case(T=5, B=2, S=8)
-  h, _, _, _, dy = problem(case)
-  taps = jnp.stack([problem(case, seed)[1] for seed in range(3)])
+@pytest.mark.parametrize('shared_h', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_members_under_vmap(shared_h):
+  """Each of several models has its own taps, and gradients of its own; documents are shared."""
+  case, members = Case(T=5, B=2, S=8, documents=3), 3
+  draws = [problem(case, seed) for seed in range(members)]
+  h, taps, dy = (jnp.stack([draw[i] for draw in draws]) for i in (0, 1, 4))
+  documents = draws[0][3]
+  assert documents.max() > 0
+  if shared_h:
+    h = h[0]
 
-  def gradients(function, taps):
-    found = value_and_gradients(function, h, taps, None, None, dy)
-    return found['y'], found['dh'], found['dtaps']
+  def member(h, taps, dy):
+    return value_and_gradients(interpreted(case), h, taps, None, documents, dy)
 
-  got = jax.vmap(functools.partial(gradients, interpreted(case)))(taps)
-  want = jax.vmap(functools.partial(gradients, plain(case)))(taps)
-  for x, y in zip(got, want, strict=True):
-    assert error(x, y) < 2e-5
+  got = jax.vmap(member, in_axes=(None if shared_h else 0, 0, 0))(h, taps, dy)
+  for i in range(members):
+    want = exact(case, h if shared_h else h[i], taps[i], None, documents, dy[i])
+    for key in ('y', 'dh', 'dtaps'):
+      assert error(got[key][i], want[key]) < 2e-5, (key, i)
 
 
 def test_partitioned_call_gathers_nothing():
@@ -225,7 +238,7 @@ def test_compiles_without_spills(backward, dtype, capability, size):
   assert f'st.global.v{4 * bits // 32}.b32' in compiled.ptx
 
 
-@pytest.mark.parametrize('wrong', [False, True])
+@pytest.mark.parametrize('wrong', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_self_test(monkeypatch, capsys, wrong):
   """It passes the kernels, and finds one part in ten thousand of a gradient."""
   if wrong:
