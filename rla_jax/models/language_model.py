@@ -35,11 +35,13 @@ class LanguageModel(nn.Module):
     if not c.tie_embeddings:
       self.head = self.param('head', init, shape[::-1], c.param_dtype)
     self.final_norm = make_norm(c)
+    groups = c.num_layers // len(c.pattern)
     group = Group
     if c.remat != 'none':
-      # Inside a loop nothing can be merged with the forward pass, so no barriers are needed.
-      group = nn.remat(group, policy=policy(c.remat), prevent_cse=c.unroll_layers)
-    groups = c.num_layers // len(c.pattern)
+      # Inside a loop nothing can be merged with the forward pass, so no barriers are needed; a loop
+      # over a single group is none to XLA.
+      alone = c.unroll_layers or groups == 1
+      group = nn.remat(group, policy=policy(c.remat), prevent_cse=alone)
     # Unrolled, the random draws of every layer would be compiled one by one: minutes.
     unrolled = c.unroll_layers and not self.is_initializing()
     self.blocks = nn.scan(

@@ -154,8 +154,8 @@ def test_remat_policies_give_the_same_gradients():
 
 
 def test_unrolled_layers_give_the_same_and_recompute_as_much():
-  def step(**changes):
-    model = LanguageModel(config(num_layers=2, pattern=('rdn',), **changes))
+  def step(num_layers=2, **changes):
+    model = LanguageModel(config(num_layers=num_layers, pattern=('rdn',), **changes))
     gradient = jax.grad(lambda v: model.apply(v, tokens(), tokens(1), method='loss')[0])
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens())
     return jax.jit(gradient).trace(variables)
@@ -170,6 +170,8 @@ def test_unrolled_layers_give_the_same_and_recompute_as_much():
   # Without them XLA may merge the recomputation with the forward pass, and keep what it made.
   barriers = [x.as_text().count('optimization_barrier') for x in lowered]
   assert barriers[1] > barriers[0]
+  one = step(remat='full', num_layers=1).lower()
+  assert one.as_text().count('optimization_barrier') > barriers[0], 'a loop of one is none'
   found = [x.compile()(variables) for x in lowered]
   for a, b in zip(*map(jax.tree.leaves, found), strict=True):
     assert error(a, b) < 1e-5
