@@ -26,7 +26,7 @@ import pathlib
 from absl import flags
 
 from rla_jax.evaluation.results import read_rows, write_rows
-from rla_jax.training.command_line import define_config, run, sizes_of
+from rla_jax.training.command_line import define_config, overrides, run, sizes_of
 
 _CONFIG = define_config()
 _TOPOLOGY = flags.DEFINE_list(
@@ -80,14 +80,16 @@ def main(_):
 
 
 def write(path: pathlib.Path, topology: str, row: dict[str, object]) -> None:
-  """Puts a row into the file, in the place of one of the same config, slice and layout."""
+  """Puts a row into the file, in the place of one of the same config, overrides and layout."""
   compiler = 'libtpu' if topology.startswith('v') else 'jaxlib'
   versions = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', compiler))
-  row = {'config': flags.FLAGS['config'].config_filename, 'topology': topology} | {
+  row = {
+    'config': flags.FLAGS['config'].config_filename, 'overrides': overrides(), 'topology': topology
+  } | {
     name: f'{value:.4g}' if isinstance(value, float) else value for name, value in row.items()
   } | {'date': datetime.date.today().isoformat(), 'versions': versions}  # fmt: skip
   rows = read_rows(path) if path.exists() else []
-  key = ('config', 'topology', 'data', 'fsdp', 'seq', 'tensor', 'accumulate')
+  key = ('config', 'overrides', 'topology', 'data', 'fsdp', 'seq', 'tensor', 'accumulate')
   rows = [other for other in rows if any(other[name] != row[name] for name in key)] + [row]
   path.parent.mkdir(parents=True, exist_ok=True)
   write_rows(path, rows)

@@ -7,7 +7,8 @@
 
 Efficiency is the tokens a second of n devices over n times those of one. Tokens are random. Each
 measurement is written as it comes; the same command again makes those that are missing, as told by
-devices, layout, rows and every --config.KEY=VALUE. To try it without GPUs:
+commit, devices, layout, rows and every --config.KEY=VALUE. The last lines are the file as a table
+in Markdown. To try it without GPUs:
 XLA_FLAGS=--xla_force_host_platform_device_count=4 and a small config.
 """
 
@@ -15,15 +16,15 @@ import datetime
 import importlib.metadata
 import itertools
 import pathlib
+import subprocess
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from rla_jax.evaluation.results import read_rows, write_rows
 from rla_jax.sharding import AXES
 from rla_jax.training import ConfigError, scaling
-from rla_jax.training.command_line import define_config, run, sizes_of
+from rla_jax.training.command_line import define_config, overrides, run, sizes_of
 from rla_jax.training.config import check
 from rla_jax.training.train import make_mesh
 
@@ -37,6 +38,7 @@ _ROWS = flags.DEFINE_integer(
   'rows', None, 'Rows a device along data and fsdp; default: those of config.device_tokens.'
 )
 _STEPS = flags.DEFINE_integer('steps', 10, 'Steps of a round; three rounds are timed.')
+_COMMIT = flags.DEFINE_string('commit', None, 'Commit to record; default: what git says.')
 _VOCABULARY = flags.DEFINE_integer(
   'vocab_size', 32_768, 'Size of the vocabulary, unless the config says it.'
 )
@@ -51,8 +53,7 @@ def main(_):
   rows = _ROWS.value or max(1, config.device_tokens // config.data.seq_len)
   table.parent.mkdir(parents=True, exist_ok=True)
   found = read_rows(table) if table.exists() else []
-  given = config_flags.get_override_values(flags.FLAGS['config'])
-  overrides = ' '.join(f'{key}={value}' for key, value in sorted(given.items()))
+  commit = _COMMIT.value or _commit()
   for count, layout in itertools.product(_counts(), _LAYOUTS.value):
     config.mesh.update(sizes_of(layout))
     config.data.batch_size = rows * count  # What does not divide the mesh is told before it runs.
@@ -60,7 +61,7 @@ def main(_):
     here = {
       'config': flags.FLAGS['config'].config_filename, 'device': jax.devices()[0].device_kind,
       'length': config.data.seq_len, 'rows_a_place': rows, 'remat': config.model.remat,
-      'overrides': overrides or None, **mesh.shape,
+      'overrides': overrides(), 'commit': commit, **mesh.shape,
     }  # fmt: skip
     row = _known(found, here)
     if row is None:
@@ -68,6 +69,7 @@ def main(_):
       found.append(row)
       write_rows(table, found)
     print(_line(row), flush=True)
+  print(f'\n{scaling.table(found)}')
 
 
 def _counts() -> list[int]:
@@ -103,6 +105,12 @@ def _measured(config, mesh, rows, alone) -> dict[str, object]:
     'triton': speed and speed.triton, 'date': datetime.date.today().isoformat(),
     'jax': importlib.metadata.version('jax'), 'triton_version': _version('triton'),
   }  # fmt: skip
+
+
+def _commit() -> str:
+  command = ['git', 'rev-parse', '--short', 'HEAD']
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  return done.stdout.strip() or 'unknown'
 
 
 def _version(package) -> str | None:

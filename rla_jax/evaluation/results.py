@@ -67,7 +67,10 @@ def write_rows(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """The records of `write_rows`: numbers and truth values as such, None where nothing stands."""
   with path.open() as file:
-    return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    return [  # A commit may look like a number.
+      {key: text if key == 'commit' else _value(text) for key, text in row.items()}
+      for row in csv.DictReader(file)
+    ]
 
 
 def markdown(results: Sequence[Result], record: dict[str, Any]) -> str:

@@ -32,6 +32,12 @@ def define_config(help: str = 'Config file, a Python file with get_config().'):
   return holder
 
 
+def overrides() -> str | None:
+  """What the command line changes in the config file, 'KEY=VALUE ...' by name; None: nothing."""
+  given = config_flags.get_override_values(flags.FLAGS['config'])
+  return ' '.join(f'{key}={value}' for key, value in sorted(given.items())) or None
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
   """Parses the flags, calls main and exits with the status it returns.
 

@@ -95,8 +95,8 @@ def table(rows: Iterable[dict[str, object]]) -> str:
   """
   lines = [
     '| rows x tokens | devices | overrides | ms a step | tokens/s | MFU | GiB a device | '
-    'efficiency |',
-    '|---|---|---|---|---|---|---|---|',
+    'efficiency | commit |',
+    '|---|---|---|---|---|---|---|---|---|',
   ]
   for row in rows:
     axes = ', '.join(f'{axis} {row[axis]}' for axis in AXES if row[axis] > 1) or '1'
@@ -107,7 +107,7 @@ def table(rows: Iterable[dict[str, object]]) -> str:
     else:
       cells += [f'{1e3 * row["step_seconds"]:,.0f}', f'{row["tokens_per_second"]:,.0f}',
                 *(_percent(row['mfu']), f'{row["memory_gb"]:.1f}', _percent(row['efficiency']))]
-    lines.append(f'| {" | ".join(cells)} |')
+    lines.append(f'| {" | ".join([*cells, row["commit"]])} |')
   return '\n'.join(lines)
 
 

@@ -64,6 +64,23 @@ def test_devices_without_known_rates_are_refused(config):
     fit.measure(config, sharding.make_mesh())
 
 
+def test_a_row_is_known_by_what_was_changed(tmp_path):
+  program = """
+import pathlib, runpy, sys
+from absl import app
+module = runpy.run_path('experiments/compile.py')
+layout = {'data': 1, 'fsdp': 8, 'seq': 1, 'tensor': 1, 'accumulate': 1}
+app.run(lambda _: module['write'](pathlib.Path(sys.argv[1]), 'h200:8', layout))
+"""
+  table = tmp_path / 'layouts.csv'
+  common = ['--config=configs/quickstart.py', '--topology=h200:8']
+  for more in ([], ['--config.model.remat=both'], []):
+    command = [sys.executable, '-c', program, str(table), *common, *more]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+  with table.open() as file:
+    assert [row['overrides'] for row in csv.DictReader(file)] == ['model.remat=both', '']
+
+
 def compile_both_ways(tmp_path, topology):
   """The program's rows for split parameters and for copies of them, and what it printed."""
   table = tmp_path / 'layouts.csv'

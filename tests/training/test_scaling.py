@@ -3,6 +3,7 @@
 import csv
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -40,19 +41,41 @@ def test_the_page_has_what_was_measured(path):
   assert scaling.table(read_rows(path)) in (ROOT / 'docs/training.md').read_text(encoding='utf-8')
 
 
+def where_a_step_goes(path):
+  """Milliseconds: all kernels, matrix products, our Triton kernels, everything else."""
+  ours = [f'{name}_kernel' for name in ('prepare', 'forward', 'sweep', 'gradients', 'backward')]
+  sums = dict.fromkeys(('products', 'ours', 'rest'), 0)
+  for row in read_rows(path):
+    is_product = any(word in row['kernel'] for word in ('nvjet', 'gemm'))
+    name = 'products' if is_product else 'ours' if row['kernel'] in ours else 'rest'
+    sums[name] += row['milliseconds']
+  return sum(sums.values()), *sums.values()
+
+
+PROFILES = sorted((ROOT / 'experiments/results/step_profile').glob('*.csv'))
+
+
+@pytest.mark.parametrize('path', PROFILES, ids=lambda path: path.stem)
+def test_the_page_tells_where_a_step_goes(path):
+  cells = ' | '.join(f'{x:.1f}' for x in where_a_step_goes(path))
+  text = (ROOT / 'docs/training.md').read_text(encoding='utf-8')
+  assert re.search(rf'^\| {path.stem} \| [\d.]+ \| {re.escape(cells)} \|$', text, re.MULTILINE)
+
+
 def test_a_table_says_what_was_measured_and_what_does_not_fit(tmp_path):
   row = {
     'length': 4096, 'rows_a_place': 16, 'overrides': 'model.remat=both', 'data': 1, 'fsdp': 2,
     'seq': 1, 'tensor': 1, 'step_seconds': 0.25, 'tokens_per_second': 524288.0, 'mfu': None,
     'memory_gb': 62.04, 'efficiency': 0.951, 'triton': False,
+    'commit': '12e4567',
   }  # fmt: skip
   failed = row | dict.fromkeys(('step_seconds', 'tokens_per_second', 'memory_gb', 'efficiency'))
   write_rows(tmp_path / 'x.csv', [row, failed | {'overrides': None}])
   rows = read_rows(tmp_path / 'x.csv')
   assert rows[0]['triton'] is False
   assert scaling.table(rows).splitlines()[2:] == [
-    '| 16 x 4,096 | fsdp 2 | remat=both | 250 | 524,288 |  | 62.0 | 95.1 % |',
-    '| 16 x 4,096 | fsdp 2 |  | does not fit |  |  |  |  |',
+    '| 16 x 4,096 | fsdp 2 | remat=both | 250 | 524,288 |  | 62.0 | 95.1 % | 12e4567 |',
+    '| 16 x 4,096 | fsdp 2 |  | does not fit |  |  |  |  | 12e4567 |',
   ]
 
 
