@@ -47,7 +47,10 @@ SIZES = LIST('sizes', ['128', '64', '256'], 'key and value sizes of a head')
 TOKENS = flags.DEFINE_integer('tokens', 32768, 'tokens in all')
 WIDTH = flags.DEFINE_integer('width', 2048, 'heads times head size')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'], 'of q, k, v')
-MEMORY = flags.DEFINE_float('memory', 2.0, 'most peak memory, over q, k, v, o and their gradients')
+MEMORY = flags.DEFINE_float(
+  'memory', 2.0, 'most peak memory, over q, k, v, o and their gradients; where the launch in use '
+  'takes more, as much as that',
+)  # fmt: skip
 PARTS = LIST(
   'parts', ['gradients', 'forward', 'sweep', 'prepare', 'split', 'pieces'],
   f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
