@@ -5,13 +5,16 @@ Reproduces: DeltaNet 0.793, 0.963 and Gated DeltaNet 0.890, 0.988 at width 64 an
 Command: python experiments/mqar_sweep.py --workdir=runs/mqar --mixers=delta_net,gdn --widths=64,128
   or one run: python experiments/train.py --config=configs/mqar.py:gdn,64 --workdir=runs/mqar_gdn
   --config.optimizer.learning_rate and --config.seed are the sweep's other two axes.
-Hardware: one or more GPUs; two NVIDIA H200s for the figures below, but one, shared, for rla's.
-Wall time: four learning rates together on two H200s, evaluations included: 50 and 77 s for gdn, 46
-  and 69 s for delta_net at width 64 and 128, 58 s for rdn at 64; and 26 to 42 s to compile. rla at
-  64 on one H200, with other jobs beside it: 200 s, and 141 s to draw the data and compile.
-Result: one seed (experiments/results/mqar): delta_net 0.774 and 0.963, gdn 0.888 and 0.985 at width
+Hardware: one or more GPUs; the figures below took one or two NVIDIA H200s.
+Wall time: four learning rates together, evaluations included, on one H200: 69 s for sgla, 73 and
+  85 s for rla_equal_state and two_state_equal_state, 89 s for two_state, at width 64; two seeds 41
+  to 60 s. The first mixer takes 87 s to draw the data and compile; the programs of the next ones
+  are compiled meanwhile.
+Result: experiments/results/mqar. One seed: delta_net 0.774 and 0.963, gdn 0.888 and 0.985 at width
   64 and 128: all four within 0.02 of the published ones. With twice gdn's state, at 64: rdn 0.876,
-  rla 0.892.
+  rla 0.892, both one seed, two_state 0.841 +- 0.078. With gdn's state, at 64, three seeds: sgla
+  0.890 +- 0.011, rdn_equal_state 0.834 +- 0.006, rla_equal_state 0.719 +- 0.089; one seed:
+  two_state_equal_state 0.773.
 
 As published: two layers of two heads, a gated convolution of width 3 and then the mixer, each with
 x + norm(x) behind it in place of an MLP; tied embeddings, layer norms, no positions, dropout of 0.1

@@ -1,9 +1,12 @@
 """Figures of evaluations."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+_MARKERS = 'os^Dv>*'  # seven, beside ten colours: no two of seventy lines look alike
 
 
 def curves(
@@ -26,17 +29,21 @@ def curves(
     bars: half the length of a bar at every point, for some of the lines.
   """
   pyplot = _pyplot()
-  figure, axes = pyplot.subplots(figsize=(6.5, 4), layout='constrained')
-  for name, (x, y) in lines.items():
+  many = len(lines) > 6
+  figure, axes = pyplot.subplots(figsize=(8.5 if many else 6.5, 4), layout='constrained')
+  for (name, (x, y)), marker in zip(lines.items(), itertools.cycle(_MARKERS)):
     bar = (bars or {}).get(name)
-    axes.errorbar(x, y, bar, marker='o', markersize=3, linewidth=1.2, capsize=3, label=name)
+    axes.errorbar(x, y, bar, marker=marker, markersize=4, linewidth=1.2, capsize=3, label=name)
   axes.set_xscale('log', base=2)
   if log_y:
     axes.set_yscale('log')
   axes.set_xlabel(x_label)
   axes.set_ylabel(y_label)
   axes.grid(alpha=0.3)
-  axes.legend()
+  if many:  # beside the points, not on them
+    figure.legend(loc='outside right upper')
+  else:
+    axes.legend()
   figure.savefig(output, dpi=150)
   pyplot.close(figure)
 
