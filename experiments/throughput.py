@@ -7,8 +7,8 @@
 
 The model has random parameters. --mixers puts one layer after the other in place of all those of
 the config; softmax attention then has the config's number of heads, all with keys and values of
-their own. Writes throughput.csv and a figure for each of --kinds. The same command again measures
-what is missing; --budget stops after so many seconds.
+their own. Writes throughput.csv and, for each of --kinds, throughput_KIND.png and memory_KIND.png.
+The same command again measures what is missing; --budget stops after so many seconds.
 """
 
 import math

@@ -2,12 +2,14 @@
 
 A training step takes about as many tokens at every length, in one piece; prefill and decode run as
 many sequences as such a batch holds. Parameters and tokens are random: they do not matter here.
-Time is the median of repetitions after a first one, which compiles. Memory of a training step is
-what the compiler lays out for its arguments, results and temporaries; of prefill and decode it is
-parameters and cache. What does not fit is a row without numbers. On NVIDIA GPUs the training step
-of softmax attention is FlashAttention; with a cache it is XLA's products.
+The training steps of all models and lengths are compiled side by side before any is timed. Time is
+the median of repetitions after a first one. Memory of a training step is what the compiler lays out
+for its arguments, results and temporaries; of prefill and decode it is parameters and cache. What
+does not fit is a row without numbers. On NVIDIA GPUs the training step of softmax attention is
+FlashAttention; with a cache it is XLA's products.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +33,7 @@ from rla_jax.evaluation.results import Result
 from rla_jax.evaluation.run import Run
 from rla_jax.models import LanguageModel, ModelConfig
 from rla_jax.training.optimizer import make_optimizer
+from rla_jax.training.progress import duration
 from rla_jax.training.state import initializer
 from rla_jax.training.step import train_step
 
@@ -38,6 +41,7 @@ LENGTHS = tuple(2048 * 2**n for n in range(7))  # 2K to 128K
 DECODED, BLOCK = 128, 32  # tokens of a decode, and in one call of it
 REPETITIONS = 5
 KINDS = ('train', 'prefill', 'decode')
+COMPILERS = 8  # threads; XLA takes some cores for each program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Timing:
 
 
 def evaluate(run: Run) -> list[Result]:
-  """Measures the model of a run; writes throughput.csv and three figures."""
+  """Measures the model of a run; writes throughput.csv and six figures."""
   s = run.settings
   rows = measure(
     run.trained.model.config, run.trained.config, run.folder, mixers=s.mixers,
@@ -91,7 +95,7 @@ def measure(
   budget: float = math.inf,
   say: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
-  """Measures mixers at lengths; writes throughput.csv and a figure a kind.
+  """Measures mixers at lengths; writes throughput.csv and two figures a kind.
 
   Args:
     own: the model.
@@ -119,11 +123,7 @@ def measure(
     LanguageModel(own if mixer is None else with_mixer(own, mixer)) for mixer in mixers or (None,)
   ]
   begin, folder, rows = time.perf_counter(), pathlib.Path(folder), list(known)
-  functions = {
-    'train': lambda model: functools.partial(train, model, config),
-    'prefill': lambda model: functools.partial(prefill, model, chunk=chunk),
-    'decode': lambda model: functools.partial(decode, model, chunk=chunk),
-  }
+  plan = []
   for model, length, kind in itertools.product(models, lengths, kinds):
     count = max(1, batch_tokens // length)
     identity = {
@@ -133,18 +133,29 @@ def measure(
     name = f'{identity["mixer"]} {kind} {count} x {length}'
     if any(identity.items() <= row.items() for row in rows):
       say(f'{name}: measured before')
-      continue
+    else:
+      start = functools.partial(_prepare, model, count, length, kind, config, chunk)
+      plan.append((identity, name, start))
+  with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+    calls = []
+    started = pool.map(_attempt, [start for _, _, start in plan])
+    for (identity, name, _), call in zip(plan, started, strict=True):
+      calls.append(call)
+      if identity['kind'] == 'train':
+        say(f'{name}: compiled, {duration(time.perf_counter() - begin)} after the start')
+  for number, ((identity, name, _), call) in enumerate(zip(plan, calls, strict=True), start=1):
     if time.perf_counter() - begin > budget:
       say(f'{name}: left for another call, the budget is spent')
       break
-    timing = _attempt(functions[kind](model), count, length)
+    timing = call and _attempt(call)
     jax.clear_caches()
     rows.append(identity | {
       'tokens_per_second': timing and timing.rate, 'seconds': timing and timing.seconds,
       'memory_bytes': timing and timing.memory,
     })  # fmt: skip
     results.write_rows(folder / 'throughput.csv', rows)
-    say(f'{name}: ' + ('does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'))
+    rate = 'does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'
+    say(f'{number} of {len(plan)}, {name}: {rate}')
   for kind in kinds:
     _show(folder, kind, rows)
   return rows
@@ -174,13 +185,23 @@ def with_fused_attention(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, layer_options={**config.layer_options, **options})
 
 
-def train(model: LanguageModel, config, count: int, length: int) -> Timing:
-  """One optimiser step on `count` sequences."""
+def _prepare(model, count, length, kind, config, chunk) -> Callable[[], Timing]:
+  """What measures; of training, its program is compiled."""
+  if kind == 'train':
+    return prepare_training(model, config, count, length)
+  function = {'prefill': prefill, 'decode': decode}[kind]
+  return functools.partial(function, model, count, length, chunk=chunk)
+
+
+def prepare_training(
+  model: LanguageModel, config: ConfigDict, count: int, length: int
+) -> Callable[[], Timing]:
+  """Compiles an optimiser step on `count` sequences; what is returned runs and times it."""
   config = config.copy_and_resolve_references()
   config.accumulate = 1
   optimizer = make_optimizer(config)
-  init = jax.jit(initializer(model, optimizer))
-  tokens = jnp.asarray(_tokens(model, count, length + 1))
+  init, key = initializer(model, optimizer), jax.random.key(0)
+  tokens = _tokens(model, count, length + 1)
   batch = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:]}
   model = LanguageModel(with_fused_attention(model.config))
 
@@ -188,15 +209,20 @@ def train(model: LanguageModel, config, count: int, length: int) -> Timing:
     return model.apply({'params': params}, batch['tokens'], batch['targets'], method='loss')
 
   step = functools.partial(train_step, loss_sums=loss_sums, optimizer=optimizer, config=config)
-  state = init(jax.random.key(0))
-  compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+  compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(init, key), batch).compile()
+  init = jax.jit(init).lower(key).compile()
 
-  def call():
-    nonlocal state
-    state, _ = compiled(state, batch)
-    return state.step
+  def run() -> Timing:
+    state, arrays = init(key), jax.device_put(batch)
 
-  return Timing(_median(call), count * length, _memory(compiled))
+    def call():
+      nonlocal state
+      state, _ = compiled(state, arrays)
+      return state.step
+
+    return Timing(_median(call), count * length, _memory(compiled))
+
+  return run
 
 
 def prefill(model: LanguageModel, count: int, length: int, *, chunk: int) -> Timing:
@@ -229,10 +255,10 @@ def _held(model: LanguageModel, params, count: int, length: int) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, cache)))
 
 
-def _attempt(measure: Callable[[int, int], Timing], count: int, length: int) -> Timing | None:
-  """The measurement; None where memory runs out."""
+def _attempt(function: Callable):
+  """What the function returns; None where memory runs out."""
   try:
-    return measure(count, length)
+    return function()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error) and 'out of memory' not in str(error).lower():
       raise
@@ -273,12 +299,17 @@ def _digest(config: ModelConfig) -> str:
 
 
 def _show(folder: pathlib.Path, kind: str, rows: list[dict]) -> None:
-  lines: dict[str, tuple[list, list]] = {}
-  for row in rows:
-    if row['kind'] == kind and row['tokens_per_second'] is not None:
-      x, y = lines.setdefault(row['mixer'], ([], []))
-      x.append(row['length'])
-      y.append(row['tokens_per_second'])
-  if lines:
-    path = folder / f'throughput_{kind}.png'
-    figures.curves(path, lines, 'length (tokens)', f'{kind}: tokens a second', log_y=True)
+  figures_of = {
+    'throughput': ('tokens_per_second', 1, 'tokens a second'),
+    'memory': ('memory_bytes', 2**30, 'GiB'),
+  }
+  for name, (column, unit, label) in figures_of.items():
+    lines: dict[str, tuple[list, list]] = {}
+    for row in rows:
+      if row['kind'] == kind and row[column] is not None:
+        x, y = lines.setdefault(row['mixer'], ([], []))
+        x.append(row['length'])
+        y.append(row[column] / unit)
+    if lines:
+      path = folder / f'{name}_{kind}.png'
+      figures.curves(path, lines, 'length (tokens)', f'{kind}: {label}', log_y=True)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -86,18 +87,22 @@ def test_throughput_of_a_mixer(monkeypatch, tmp_path):
     (kind, 'attention', 8, 2) for kind in ('train', 'prefill', 'decode')
   ]
   assert all(r['memory_bytes'] > 0 for r in rows)
-  assert (tmp_path / 'throughput_train.png').stat().st_size > 1000
+  for kind in ('train', 'prefill', 'decode'):
+    assert (tmp_path / f'throughput_{kind}.png').stat().st_size > 1000
+    assert (tmp_path / f'memory_{kind}.png').stat().st_size > 1000
 
 
 def test_throughput_measures_what_is_missing_until_the_budget_is_spent(monkeypatch, tmp_path):
   model = ModelConfig(vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8)
   asked = []
 
-  def attempt(function, count, length):
+  def prefill(model, count, length, *, chunk):
     asked.append((count, length))
-    return None if length == 32 else throughput.Timing(0.5, 16, 100)
+    if length == 32:
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
+    return throughput.Timing(0.5, 16, 100)
 
-  monkeypatch.setattr(throughput, '_attempt', attempt)
+  monkeypatch.setattr(throughput, 'prefill', prefill)
   measure = functools.partial(
     throughput.measure, model, get_config(), tmp_path, batch_tokens=32, kinds=['prefill']
   )
@@ -114,15 +119,14 @@ def test_throughput_measures_what_is_missing_until_the_budget_is_spent(monkeypat
     measure(kinds=['decod'])
 
 
-def test_throughput_names_what_does_not_fit():
-  import jax
+def test_throughput_stops_at_other_errors(monkeypatch, tmp_path):
+  def prefill(*args, **kwargs):
+    raise jax.errors.JaxRuntimeError('no')
 
-  def too_large(count, length):
-    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
-
-  assert throughput._attempt(too_large, 1, 8) is None
-  with pytest.raises(jax.errors.JaxRuntimeError):
-    throughput._attempt(lambda c, n: (_ for _ in ()).throw(jax.errors.JaxRuntimeError('no')), 1, 8)
+  monkeypatch.setattr(throughput, 'prefill', prefill)
+  model = ModelConfig(vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='no'):
+    throughput.measure(model, get_config(), tmp_path, lengths=[8], kinds=['prefill'])
 
 
 def test_another_mixer_in_the_same_model():
