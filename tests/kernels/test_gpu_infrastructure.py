@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rla_jax.kernels.residual import judge
 from rla_jax.kernels.residual.gpu import (
   batching,
   blocks,
@@ -357,7 +358,7 @@ def _small_case(**changes):
 
 def test_self_test_passes_right_kernels(capsys):
   shares = selftest.check(_small_case(), length=29, interpret=True)
-  assert set(shares) == {'o', 'base', 'residual', *(f'd{n}' for n in selftest.NAMES)}
+  assert set(shares) == {'o', 'base', 'residual', *(f'd{n}' for n in judge.INPUTS)}
   assert selftest.report('right', shares)
   assert selftest.report('decode', selftest.check_step('bfloat16', 16, interpret=True))
   assert capsys.readouterr().out.count('ok') == 2

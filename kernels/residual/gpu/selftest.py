@@ -18,19 +18,13 @@ import re
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import triton
 
+from rla_jax.kernels.residual import judge
 from rla_jax.kernels.residual.gpu import blocks, call, candidates, step
+from rla_jax.kernels.residual.judge import report
 from rla_jax.kernels.short_conv.gpu import selftest as short_conv
-
-CLIP = 1.0
-NAMES = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma', 'base', 'residual')
-GATES = ('log_decay', 'beta', 'gamma')
-# RMS(error) / RMS(reference): values, gradients of tensors, gradients of gates.
-BARS = {'float32': (2e-5, 2e-5, 2e-5), 'bfloat16': (0.005, 0.008, 0.02)}
-BARS['float16'] = BARS['bfloat16']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +39,13 @@ class Case:
   blocks: blocks.Blocks
   source: str = dataclasses.field(compare=False)
 
+  @property
+  def update(self) -> str:
+    """The rule's name."""
+    return 'delta' if self.delta else 'additive'
+
   def __str__(self):
-    rule = ('delta' if self.delta else 'additive') + (' residual' if self.residual else '')
+    rule = self.update + (' residual' if self.residual else '')
     return f'{rule:18} {self.dtype:8} K {self.key_dim:3} V {self.value_dim:3} {self.source}'
 
 
@@ -118,104 +117,41 @@ def candidate_cases(sizes, dtypes) -> list[Case]:
 
 
 def make_problem(case: Case, length: int, seed: int, *, B=1, G=1, H=2):
-  """Inputs whose every |v - S^T k| is clear of the clip's bound, and cotangents."""
+  """A call, and its inputs and cotangents by name."""
   rng = np.random.default_rng(seed)
   K, V = case.key_dim, case.value_dim
-  dtype = jnp.dtype(case.dtype)
   q, k = rng.standard_normal((2, B, length, G, K))
   k += 2 * rng.standard_normal((B, 1, G, K))  # alike: what an inverse in low precision breaks on
-  q, k = ((x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(dtype) for x in (q, k))
+  q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
   log_decay = -rng.exponential(0.05, (B, length, H))
   log_decay[:, length // 2] = -np.inf  # a full reset
   beta, gamma = rng.uniform(0, 1, (2, B, length, H))
   base, residual = 0.1 * rng.standard_normal((2, B, H, K, V))
   v = rng.standard_normal((B, length, H, V))
-  gates = [x.astype(np.float32) for x in (log_decay, beta, gamma, base, residual)]
-  inputs = [q, k, v, *gates] if case.residual else [q, k, v, *gates[:2], None, gates[3], None]
-  if case.residual:
-    inputs[2] = _clear_of_bound(inputs, case.delta)
-  inputs[2] = np.asarray(inputs[2]).astype(dtype)
-  outputs = [(v.shape, dtype), (base.shape, np.float32), (base.shape, np.float32)]
-  cotangents = [rng.standard_normal(shape).astype(d) for shape, d in outputs]
-  return inputs, cotangents if case.residual else [*cotangents[:2], None]
+  problem = judge.Call(
+    case.update, case.residual, dtype=case.dtype, segmented=False, B=B, T=length, G=G, H=H, K=K, V=V
+  )
+  drawn = (q, k, v, log_decay, beta, gamma, base, residual)
+  return problem, *judge.prepared(problem, drawn, None, rng)
 
 
-def _clear_of_bound(inputs, delta):
-  """Moves values away from where the clip's gradient jumps, which rounding would decide."""
-  q, k, v, log_decay, beta, gamma, base, residual = _wide(inputs)
+def _run(config, inputs, cotangents):
+  """(outputs, gradients) of the kernels by name."""
 
-  def body(states, token):
-    q, k, v, *gates = token
-    keys = jnp.repeat(k, v.shape[1] // k.shape[1], axis=1)
-    prediction = jnp.einsum('bhkv,bhk->bhv', states[0], keys)
-    error = v - prediction
-    is_near = jnp.abs(jnp.abs(error) - CLIP) < 0.06
-    v = jnp.where(is_near, prediction + jnp.sign(error) * (CLIP - 0.12), v)
-    _, *states = _token(states, (q, k, v, *gates), delta)
-    return tuple(states), v
+  def kernels(x):
+    out = call.attend(config, *(x.get(name) for name in judge.INPUTS), None)
+    return {name: y for name, y in zip(judge.OUTPUTS, out) if y is not None}
 
-  with _reference_mode():
-    tokens = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_decay, beta, gamma)]
-    return np.moveaxis(np.asarray(jax.lax.scan(body, (base, residual), tokens)[1]), 0, 1)
-
-
-def _reference_mode():
-  return jax.enable_x64(True)
-
-
-def _wide(tree):
-  return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-
-
-def _token(states, token, delta):
-  update = 'delta' if delta else 'additive'
-  return step.plain_step(*token, *states, update=update, clip=CLIP, readout='gated')
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _reference(inputs, cotangents, delta):
-  def run(inputs):
-    *tokens, base, residual = inputs
-
-    def body(states, token):
-      o, *states = _token(states, token, delta)
-      return tuple(states), o
-
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    states, o = jax.lax.scan(body, (base, residual), tokens)
-    return [jnp.moveaxis(o, 0, 1), *states]
-
-  values, pullback = jax.vjp(run, inputs)
-  return values, pullback(cotangents)[0]
+  values, transpose = jax.vjp(kernels, inputs)
+  return values, transpose(cotangents)[0]
 
 
 def check(case: Case, *, length: int, seed: int = 0, interpret: bool = False) -> dict[str, float]:
   """Errors of values and gradients by name, each as a share of its bar: over 1 is wrong."""
-  inputs, cotangents = make_problem(case, length, seed)
-  config = call.Config(case.delta, case.residual, CLIP, case.blocks, interpret)
-
-  @jax.jit
-  def run(inputs, cotangents):
-    values, pullback = jax.vjp(lambda inputs: list(call.attend(config, *inputs, None)), inputs)
-    return values, pullback(cotangents)[0]
-
-  actual = run(inputs, cotangents)
-  with _reference_mode(), jax.default_device(jax.devices('cpu')[0]):
-    wanted = _reference(_wide(inputs), _wide(cotangents), case.delta)
-  values, tensors, gates = BARS[case.dtype]
-  bars = {'o': values, 'base': values, 'residual': values}
-  bars |= {f'd{n}': gates if n in GATES else tensors for n in NAMES}
-  shares = {}
-  for name, x, y in zip(bars, (*actual[0], *actual[1]), (*wanted[0], *wanted[1]), strict=True):
-    if y is not None:
-      shares[name] = _error(x, y) / bars[name]
-  return shares
-
-
-def _error(x, y) -> float:
-  x, y = (np.asarray(z, np.float64) for z in (x, y))
-  error = np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
-  return float(error) if np.isfinite(error) else float('inf')
+  problem, inputs, cotangents = make_problem(case, length, seed)
+  config = call.Config(case.delta, case.residual, problem.clip, case.blocks, interpret)
+  found = jax.jit(functools.partial(_run, config))(inputs, cotangents)
+  return judge.shares(case.dtype, found, judge.reference(problem, inputs, None, cotangents))
 
 
 def check_step(dtype: str, size: int, *, interpret: bool = False) -> dict[str, float]:
@@ -223,25 +159,23 @@ def check_step(dtype: str, size: int, *, interpret: bool = False) -> dict[str, f
   shares = {}
   for delta, residual in itertools.product((True, False), (True, False)):
     case = Case(delta, residual, dtype, size, size, None, 'decode')
-    (*tokens, base, state), _ = make_problem(case, 1, 3, B=3, G=2, H=4)
-    tokens = [None if x is None else x[:, 0] for x in tokens]
-    options = {'update': 'delta' if delta else 'additive', 'clip': CLIP, 'readout': 'gated'}
-    run = functools.partial(step.residual_attention_step, **options, interpret=interpret)
-    actual = jax.jit(run)(*tokens, base, state)
-    with _reference_mode(), jax.default_device(jax.devices('cpu')[0]):
-      wanted = step.plain_step(*_wide(tokens), *_wide((base, state)), **options)
-    for name, x, y in zip(('o', 'base', 'residual'), actual, wanted, strict=True):
-      if y is not None:
-        bar = BARS[dtype][0] if name == 'o' else BARS['float32'][0]
-        shares[name] = max(shares.get(name, 0.0), _error(x, y) / bar)
+    problem, inputs, cotangents = make_problem(case, 1, 3, B=3, G=2, H=4)
+    run = functools.partial(
+      step.residual_attention_step, update=case.update, clip=problem.clip, readout=problem.readout,
+      interpret=interpret,
+    )  # fmt: skip
+    token = judge.token(inputs)
+    out = jax.jit(run)(*(token.get(name) for name in judge.INPUTS))
+    found = judge.step_shares(problem, out, inputs, cotangents)
+    shares |= {name: max(share, shares.get(name, 0.0)) for name, share in found.items()}
   return shares
 
 
 def check_short_conv(case: short_conv.Case, *, interpret: bool = False) -> dict[str, float]:
   """The same for the short convolution."""
-  values, tensors, _ = BARS[case.dtype]
+  values, tensors, _ = judge.BARS[case.dtype]
   # Sums over all tokens are float32 whatever the inputs are.
-  bars = {'y': values, 'dh': tensors, 'dtail': tensors, 'dtaps': BARS['float32'][1]}
+  bars = {'y': values, 'dh': tensors, 'dtail': tensors, 'dtaps': judge.BARS['float32'][1]}
   errors = short_conv.check(case, interpret=interpret)
   return {name: error / bars[name] for name, error in errors.items()}
 
@@ -255,37 +189,23 @@ def check_sharded() -> str | None:
     delta=True, residual=True, key_dim=64, value_dim=64, dtype='bfloat16', heads=8, length=256
   )
   case = Case(True, True, 'bfloat16', 64, 64, chosen, 'sharded')
-  inputs, cotangents = make_problem(case, 128, 5, B=2 * devices)
-  config = call.Config(True, True, CLIP, chosen, False)
-
-  def both(inputs, cotangents):
-    values, pullback = jax.vjp(lambda inputs: list(call.attend(config, *inputs, None)), inputs)
-    return values, pullback(cotangents)[0]
-
-  alone = jax.jit(both)(inputs, cotangents)
-  compiled = jax.jit(both).lower(*jax.device_put((inputs, cotangents), sharding)).compile()
+  problem, *arrays = make_problem(case, 128, 5, B=2 * devices)
+  run = jax.jit(functools.partial(_run, call.Config(True, True, problem.clip, chosen, False)))
+  alone = run(*arrays)
+  arrays = jax.device_put(arrays, sharding)
+  compiled = run.lower(*arrays).compile()
   if 'all-gather' in compiled.as_text():
     return 'the compiled program gathers its inputs'
-  together = compiled(*jax.device_put((inputs, cotangents), sharding))
-  errors = [_error(x, y) for x, y in zip(*map(jax.tree.leaves, (together, alone)), strict=True)]
-  return None if max(errors) < 1e-6 else f'differs from one device by {max(errors):.1e}'
-
-
-def report(name: str, shares: dict[str, float]) -> bool:
-  """Prints a line; returns whether all is well."""
-  worst = max(shares, key=shares.get)
-  is_right = shares[worst] <= 1
-  detail = ' '.join(f'{n} {s:.2f}' for n, s in shares.items() if s > 1)
-  verdict = 'ok   ' if is_right else 'WRONG'
-  print(f'{verdict} {name}: worst {worst} at {shares[worst]:.2f} of its bar {detail}', flush=True)
-  return is_right
+  pairs = zip(*map(jax.tree.leaves, (compiled(*arrays), alone)), strict=True)
+  worst = max(judge.error(x, y) for x, y in pairs)
+  return None if worst < 1e-6 else f'differs from one device by {worst:.1e}'
 
 
 def main() -> int:
   """Runs all checks; returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--sizes', type=int, nargs='+', default=[64, 100, 128, 256])
-  parser.add_argument('--dtypes', nargs='+', default=list(BARS), choices=list(BARS))
+  parser.add_argument('--dtypes', nargs='+', default=list(judge.BARS), choices=list(judge.BARS))
   parser.add_argument('--workers', type=int, default=8, help='compilations at a time')
   parser.add_argument(
     '--candidates', action='store_true', help='also what tune_kernels.py would try: minutes'

@@ -15,7 +15,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 
 from rla_jax.kernels.residual import judge, tpu
 from rla_jax.kernels.residual.judge import Call
@@ -60,9 +59,8 @@ def check(call: Call, seed: int, chunk_size: int, interpret: bool) -> dict[str, 
 def _run(call, chunk_size, interpret, inputs, segments, cotangents):
   def kernels(x):
     out = tpu.residual_attention(
-      x['q'], x['k'], x['v'], x['log_decay'], x['beta'], x.get('gamma'), x['base'],
-      x.get('residual'), segments, update=call.update, clip=call.clip, readout=call.readout,
-      chunk_size=chunk_size, interpret=interpret,
+      *(x.get(name) for name in judge.INPUTS), segments, update=call.update, clip=call.clip,
+      readout=call.readout, chunk_size=chunk_size, interpret=interpret,
     )  # fmt: skip
     return {name: y for name, y in zip(judge.OUTPUTS, out) if y is not None}
 
@@ -73,21 +71,13 @@ def _run(call, chunk_size, interpret, inputs, segments, cotangents):
 def check_step(call: Call, seed: int, interpret: bool) -> dict[str, float]:
   """The same for the decode step, which has no gradient: it computes in float32 throughout."""
   inputs, _, cotangents = judge.make_problem(call, seed)
-  x = {n: y[:, 0] if n not in ('base', 'residual') else y for n, y in inputs.items()}
-  out = jax.jit(functools.partial(
+  step = functools.partial(
     tpu.residual_attention_step, update=call.update, clip=call.clip, readout=call.readout,
     interpret=interpret,
-  ))(
-    x['q'], x['k'], x['v'], x['log_decay'], x['beta'], x.get('gamma'), x['base'],
-    x.get('residual'),
   )  # fmt: skip
-  wanted, _ = judge.reference(call, inputs, None, cotangents)
-  wanted['o'] = wanted['o'][:, 0]
-  bars = {'o': judge.BARS[call.dtype][0]}
-  return {
-    name: judge.error(y, wanted[name]) / bars.get(name, judge.BARS['float32'][0])
-    for name, y in zip(judge.OUTPUTS, out) if y is not None
-  }  # fmt: skip
+  token = judge.token(inputs)
+  out = jax.jit(step)(*(token.get(name) for name in judge.INPUTS))
+  return judge.step_shares(call, out, inputs, cotangents)
 
 
 def check_sharded(seed: int, chunk_size: int, interpret: bool) -> dict[str, float]:
@@ -101,18 +91,7 @@ def check_sharded(seed: int, chunk_size: int, interpret: bool) -> dict[str, floa
   divided = jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=not interpret)
   together = jax.jit(divided)(inputs, segments, cotangents)
   alone = jax.jit(run)(inputs, segments, cotangents)
-  wanted = jax.tree.map(lambda x: np.asarray(x, np.float64), alone)
-  return judge.shares('float32', together, wanted)
-
-
-def report(name: str, shares: dict[str, float]) -> bool:
-  """Prints a line; returns whether all is well."""
-  worst = max(shares, key=shares.get)
-  is_right = shares[worst] <= 1
-  detail = ' '.join(f'{n} {s:.2f}' for n, s in shares.items() if not s <= 1)
-  verdict = 'ok   ' if is_right else 'WRONG'
-  print(f'{verdict} {name}: worst {worst} at {shares[worst]:.2f} of its bar {detail}', flush=True)
-  return is_right
+  return judge.shares('float32', together, alone)
 
 
 def main(arguments=None) -> int:
@@ -152,7 +131,7 @@ def main(arguments=None) -> int:
     eta = f' ETA {left:.0f} s' if index > 1 else ''
     name = f'[{index}/{len(checks)}{eta}] {name}'
     try:
-      wrong += not report(name, run(seed=index))
+      wrong += not judge.report(name, run(seed=index))
     except Exception as error:  # whatever the compiler or the chip raises is a finding
       message = (str(error) or type(error).__name__).splitlines()[0][:200]
       print(f'WRONG {name}: {message}', flush=True)
