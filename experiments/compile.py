@@ -1,19 +1,18 @@
 """Compiles the training step of a config for devices that need not be there.
 
   python experiments/compile.py --config=configs/rdn_1p5b.py --topology=v5e:16x16
-  python experiments/compile.py --config=configs/rdn_1p5b.py --topology=v5p:4x4x4 \
+  python experiments/compile.py --config=configs/rdn_1p5b.py --topology=v5p:4x4x4 \\
       --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.accumulate=2
   python experiments/compile.py --config=configs/rdn_350m.py --topology=h200:8
   python experiments/compile.py --config=configs/quickstart.py --topology=attached
 
 Prints memory, products, communication and a lower bound of the time of a step, each on one device.
 A layout that does not fit ends with exit status 1, and with the nearest one that does. No TPU is
-needed, only the package of `pip install rla-jax[tpu]`, and no GPU, only that of [cuda]; nothing is
-run.
+needed, only `pip install -e '.[train,tpu]'`, and no GPU, only '.[train,cuda]'; nothing is run.
 
 Several layouts for several slices, and a CSV of them; layouts that do not fit are rows as well:
 
-  python experiments/compile.py --config=configs/rdn_1p5b.py --csv=layouts.csv \
+  python experiments/compile.py --config=configs/rdn_1p5b.py --csv=layouts.csv \\
       --topology=v5e:16x16,v5p:4x4x4,v6e:16x16 --layout=fsdp=-1 --layout=data=4,fsdp=-1
 """
 

@@ -1,8 +1,8 @@
 """Tokens a second, MFU and memory of the training step on 1, 2, 4, ... of the attached devices.
 
-  python experiments/scaling.py --config=configs/rdn_350m.py --csv=scaling.csv \
+  python experiments/scaling.py --config=configs/rdn_350m.py --csv=scaling.csv \\
       --layout=data=-1 --layout=fsdp=-1
-  python experiments/scaling.py --config=configs/rdn_350m.py --csv=scaling.csv \
+  python experiments/scaling.py --config=configs/rdn_350m.py --csv=scaling.csv \\
       --layout=seq=-1 --config.data.seq_len=524288
 
 Efficiency is the tokens a second of n devices over n times those of one. Tokens are random. Each

@@ -86,6 +86,23 @@ def test_import_is_light_and_touches_no_device(module):
   assert allowed is None or loaded == allowed
 
 
+@pytest.mark.parametrize(
+  ('missing', 'module', 'extra'),
+  [
+    ('grain', 'rla_jax.data', 'train'),
+    ('ml_collections', 'rla_jax.training', 'train'),
+    ('triton', 'rla_jax.kernels.residual.gpu.selftest', 'cuda'),
+  ],
+)
+def test_a_missing_package_is_told_with_the_extra_that_has_it(missing, module, extra):
+  program = f'import sys; sys.modules[{missing!r}] = None; import {module}'
+  result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
+  assert result.returncode != 0
+  assert result.stderr.strip().splitlines()[-1] == (
+    f"ModuleNotFoundError: {missing} is not installed: pip install 'rla_jax[{extra}]'"
+  )
+
+
 def test_kernels_refuse_to_be_imported_under_another_name():
   result = subprocess.run(
     [sys.executable, '-c', 'import kernels'], cwd=ROOT, capture_output=True, text=True

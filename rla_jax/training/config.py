@@ -11,11 +11,17 @@ import typing
 from collections.abc import Mapping
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_dict
 
 from rla_jax.data import DataConfig
 from rla_jax.models import ModelConfig
 from rla_jax.training.errors import ConfigError
+
+try:
+  from ml_collections import ConfigDict, config_dict
+except ModuleNotFoundError as error:
+  raise ModuleNotFoundError(
+    "ml_collections is not installed: pip install 'rla_jax[train]'"
+  ) from error
 
 # Keys without effect on the trained parameters: they may change when a run is restarted.
 FREE_KEYS = frozenset({

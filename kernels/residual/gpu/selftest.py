@@ -19,7 +19,11 @@ import sys
 
 import jax
 import numpy as np
-import triton
+
+try:
+  import triton
+except ModuleNotFoundError as error:
+  raise ModuleNotFoundError("triton is not installed: pip install 'rla_jax[cuda]'") from error
 
 from rla_jax.kernels.residual import judge
 from rla_jax.kernels.residual.gpu import blocks, call, candidates, step
