@@ -118,27 +118,21 @@ def stream(
       raise ValueError(f'{name} is {value!r}; expected an int >= 1')
   if stop_token is not None and not 0 <= stop_token < vocabulary:
     raise ValueError(f'stop_token is {stop_token}; expected None or an id in [0, {vocabulary})')
-  return _stream(
-    model, params, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token,
-    prefill_chunk, block,
-  )  # fmt: skip
 
+  def blocks():
+    logits_BS, cache = prefill(model, params, prompts, max_new_tokens + block, chunk=prefill_chunk)
+    state = _Decoding(logits_BS, cache, jnp.int32(0), jnp.zeros(len(prompts), bool))
+    for start in range(0, max_new_tokens, block):
+      tokens_BN, state = _decode(
+        model, params, state, jax.random.key(seed), jnp.float32(temperature),
+        None if top_p is None else jnp.float32(top_p), greedy=temperature == 0, top_k=top_k,
+        stop_token=stop_token, steps=block,
+      )  # fmt: skip
+      yield np.asarray(tokens_BN)[:, : max_new_tokens - start]
+      if stop_token is not None and bool(state.done.all()):
+        return
 
-def _stream(
-  model, params, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token,
-  prefill_chunk, block,
-):  # fmt: skip
-  logits_BS, cache = prefill(model, params, prompts, max_new_tokens + block, chunk=prefill_chunk)
-  state = _Decoding(logits_BS, cache, jnp.int32(0), jnp.zeros(len(prompts), bool))
-  for start in range(0, max_new_tokens, block):
-    tokens_BN, state = _decode(
-      model, params, state, jax.random.key(seed), jnp.float32(temperature),
-      None if top_p is None else jnp.float32(top_p), greedy=temperature == 0, top_k=top_k,
-      stop_token=stop_token, steps=block,
-    )  # fmt: skip
-    yield np.asarray(tokens_BN)[:, : max_new_tokens - start]
-    if stop_token is not None and bool(state.done.all()):
-      return
+  return blocks()  # Not a generator itself: arguments are checked when it is called.
 
 
 def prefill(
