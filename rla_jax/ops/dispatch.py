@@ -65,13 +65,7 @@ def select(
     NotImplementedError: none of those asked for serves the call; the message says why each does
       not and which do.
   """
-  names = candidates(implementation)
-  refused = {}
-  for name in names:
-    refused[name] = _reason(name, inputs, options)
-    if refused[name] is None:
-      return name
-  raise _refusal(implementation, refused, lambda name: _reason(name, inputs, options))
+  return _first(candidates(implementation), implementation, _reason, inputs, options)
 
 
 def select_step(
@@ -79,12 +73,7 @@ def select_step(
 ) -> str:
   """Name of the implementation that serves one step of decoding. Raises as `select` does."""
   names = implementation or _PREFERRED_STEP.get(current_platform(), ('reference',))
-  refused = {}
-  for name in candidates(names):
-    refused[name] = _step_reason(name, inputs, options)
-    if refused[name] is None:
-      return name
-  raise _refusal(implementation, refused, lambda name: _step_reason(name, inputs, options))
+  return _first(candidates(names), implementation, _step_reason, inputs, options)
 
 
 def module(name: str):
@@ -120,9 +109,14 @@ def _step_reason(name, inputs, options):
   return _reason(name, inputs, options)
 
 
-def _refusal(implementation, refused, reason_of):
+def _first(names, implementation, reason_of, inputs, options):
+  refused = {}
+  for name in names:
+    refused[name] = reason_of(name, inputs, options)
+    if refused[name] is None:
+      return name
   why = '; '.join(f'{name!r}: {reason}' for name, reason in refused.items())
-  able = [name for name in IMPLEMENTATIONS if reason_of(name) is None]
-  return NotImplementedError(
+  able = [name for name in IMPLEMENTATIONS if reason_of(name, inputs, options) is None]
+  raise NotImplementedError(
     f'implementation={implementation!r} cannot serve this call ({why}). These can: {able}.'
   )

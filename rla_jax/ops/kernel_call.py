@@ -27,14 +27,7 @@ def unsupported(package: str, inputs: Inputs, options: Options) -> str | None:
 def run(package: str, inputs: Inputs, options: Options) -> tuple[Values, ResidualState]:
   """Runs the kernels; returns o [B, T, H, V] and the final state."""
   o_BTHV, base_BHKV, residual_BHKV = importlib.import_module(package).residual_attention(
-    inputs.q,
-    inputs.k,
-    inputs.v,
-    inputs.log_decay,
-    inputs.beta,
-    inputs.gamma,
-    inputs.state.base,
-    inputs.state.residual,
+    *_arrays(inputs),
     inputs.segments,
     update=options.update,
     clip=options.clip,
@@ -52,17 +45,7 @@ def run_step(package: str, inputs: Inputs, options: Options) -> tuple[Array, Res
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _step(package, options, inputs):
   o_BHV, base_BHKV, residual_BHKV = importlib.import_module(package).residual_attention_step(
-    inputs.q,
-    inputs.k,
-    inputs.v,
-    inputs.log_decay,
-    inputs.beta,
-    inputs.gamma,
-    inputs.state.base,
-    inputs.state.residual,
-    update=options.update,
-    clip=options.clip,
-    readout=options.readout,
+    *_arrays(inputs), update=options.update, clip=options.clip, readout=options.readout
   )
   return o_BHV, ResidualState(base_BHKV, residual_BHKV)
 
@@ -79,3 +62,9 @@ def _step_backward(package, options, inputs, cotangents):
 
 
 _step.defvjp(_step_forward, _step_backward)
+
+
+def _arrays(inputs: Inputs):
+  """What both kernel functions take first, in their order."""
+  gates = inputs.log_decay, inputs.beta, inputs.gamma
+  return inputs.q, inputs.k, inputs.v, *gates, inputs.state.base, inputs.state.residual
