@@ -1,5 +1,6 @@
-"""Around the Triton kernels: interpreter, launcher, cache, vmap, many devices, self-test."""
+"""Around the Triton kernels: interpreter, launcher, cache, vmap, many devices, block sizes."""
 
+import contextlib
 import dataclasses
 import functools
 import subprocess
@@ -18,7 +19,6 @@ import triton
 import triton.language as tl
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rla_jax.kernels.residual import judge
 from rla_jax.kernels.residual.gpu import (
   batching,
   blocks,
@@ -26,7 +26,6 @@ from rla_jax.kernels.residual.gpu import (
   candidates,
   launch,
   partition,
-  selftest,
   step,
 )
 from tests.kernels import triton_harness as harness
@@ -150,17 +149,14 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path):
     assert len(compiled) == 6
 
 
+@contextlib.contextmanager
 def _compilation_cache(folder):
-  state = jax.config.jax_compilation_cache_dir
-
-  class Cache:
-    def __enter__(self):
-      jax.config.update('jax_compilation_cache_dir', str(folder))
-
-    def __exit__(self, *_):
-      jax.config.update('jax_compilation_cache_dir', state)
-
-  return Cache()
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  try:
+    yield
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
 
 
 def test_package_imports_without_triton():
@@ -277,7 +273,7 @@ def test_inside_shard_map():
 def test_training_step_gathers_nothing(G):
   """Forward and backward kernels under jit over a mesh; one key's gradient is summed over it."""
   B, T, H, K = 8, 32, 4, 16
-  config = call.Config(True, True, 1.0, _small_blocks(), True)
+  config = call.Config(True, True, 1.0, harness.small_blocks(), True)
   mesh = _mesh()
 
   def shaped(shape, *spec):
@@ -331,7 +327,7 @@ def test_more_multiprocessors_want_more_parts():
 @pytest.mark.parametrize('thorough', [False, True])
 @pytest.mark.parametrize('part', candidates.PARTS)
 def test_candidates_differ_in_one_part(part, thorough):
-  current = _small_blocks()
+  current = harness.small_blocks()
   found = candidates.candidates(current, part, 64, thorough=thorough)
   assert found[0] == current and len(set(found)) == len(found) > 1
   for chosen in found[1:]:
@@ -339,68 +335,3 @@ def test_candidates_differ_in_one_part(part, thorough):
     assert changed <= ({'chunk', 'span'} if part == 'chunk' else {part})
     assert getattr(getattr(chosen, part, None), 'value', 0) <= 64
   assert blocks.Blocks.from_json(dataclasses.asdict(found[-1])) == found[-1]
-
-
-# --- self-test ---
-
-
-def _small_blocks():
-  chosen = blocks.heuristic(
-    delta=True, residual=True, key_dim=16, value_dim=16, dtype='float32', heads=2, length=32
-  )
-  return dataclasses.replace(chosen, chunk=16)
-
-
-def _small_case(**changes):
-  case = selftest.Case(True, True, 'float32', 16, 16, _small_blocks(), 'test')
-  return dataclasses.replace(case, **changes)
-
-
-def test_self_test_passes_right_kernels(capsys):
-  shares = selftest.check(_small_case(), length=29, interpret=True)
-  assert set(shares) == {'o', 'base', 'residual', *(f'd{n}' for n in judge.INPUTS)}
-  assert selftest.report('right', shares)
-  assert selftest.report('decode', selftest.check_step('bfloat16', 16, interpret=True))
-  assert capsys.readouterr().out.count('ok') == 2
-
-
-@pytest.mark.parametrize('wrong', ['v', 'beta'])
-def test_self_test_finds_wrong_gradients(monkeypatch, capsys, wrong):
-  """One part in a thousand of one gradient is enough."""
-  attend = call.attend
-
-  @jax.custom_vjp
-  def off(x):
-    return x
-
-  off.defvjp(lambda x: (x, None), lambda _, dx: (1.001 * dx,))
-
-  def miscompiled(config, q, k, v, log_decay, beta, *rest):
-    v, beta = (off(v), beta) if wrong == 'v' else (v, off(beta))
-    return attend(config, q, k, v, log_decay, beta, *rest)
-
-  monkeypatch.setattr(selftest.call, 'attend', miscompiled)
-  assert not selftest.report('x', selftest.check(_small_case(), length=16, interpret=True))
-  assert f'WRONG x: worst d{wrong}' in capsys.readouterr().out
-
-
-def test_self_test_covers_heuristic_and_table(monkeypatch):
-  cases = selftest.heuristic_cases([64, 128], ['bfloat16'])
-  assert len(set(cases)) == len(cases)
-  rules = {(a, b) for a in (0, 1) for b in (0, 1)}
-  assert {(c.delta, c.residual) for c in cases} == rules
-  assert {(c.delta, c.residual) for c in cases if c.blocks.split} == rules
-  sizes = {'key_dim': 64, 'value_dim': 32, 'dtype': 'float16'}
-  key = blocks.tuned_key(delta=True, residual=False, heads=300, length=5000, **sizes)
-  table = {key: dataclasses.asdict(_small_blocks())}
-  monkeypatch.setattr(blocks, 'tuned_table', lambda kind: table)
-  (case,) = selftest.tuned_cases('NVIDIA H200')
-  assert case == selftest.Case(True, False, 'float16', 64, 32, _small_blocks(), 'any')
-
-
-def test_self_test_covers_candidates():
-  cases = selftest.candidate_cases([128], ['bfloat16'])
-  assert set(selftest.heuristic_cases([128], ['bfloat16'])) < set(cases)
-  for launch_ in candidates.PROMISING['gradients']:
-    tried = [c for c in cases if dataclasses.astuple(c.blocks.gradients) == launch_]
-    assert {(c.delta, c.residual) for c in tried} == {(a, b) for a in (0, 1) for b in (0, 1)}

@@ -20,9 +20,10 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
+from rla_jax.kernels.residual.gpu import blocks
 from rla_jax.kernels.residual.gpu.interpret import run, triton_call, type_name
 
-__all__ = ['Compiled', 'compile_kernel', 'run', 'triton_call', 'type_name']
+__all__ = ['Compiled', 'compile_kernel', 'run', 'small_blocks', 'triton_call', 'type_name']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,3 +116,11 @@ def compile_kernel(
   return _compile(
     kernel, type_names, constants, capability, num_warps, num_stages, enable_fp_fusion
   )
+
+
+def small_blocks() -> blocks.Blocks:
+  """Block sizes for problems that are interpreted."""
+  chosen = blocks.heuristic(
+    delta=True, residual=True, key_dim=16, value_dim=16, dtype='float32', heads=2, length=32
+  )
+  return dataclasses.replace(chosen, chunk=16)

@@ -1,0 +1,68 @@
+"""The self-test of the Triton kernels: what it covers; right kernels pass it and wrong ones fail."""
+
+import dataclasses
+import itertools
+
+import jax
+import pytest
+
+pytest.importorskip('triton')
+
+from rla_jax.kernels.residual import judge
+from rla_jax.kernels.residual.gpu import blocks, call, candidates, selftest
+from tests.kernels.triton_harness import small_blocks
+
+RULES = set(itertools.product((True, False), repeat=2))  # delta, residual
+
+
+def _small_case():
+  return selftest.Case(True, True, 'float32', 16, 16, small_blocks(), 'test')
+
+
+def test_self_test_passes_right_kernels(capsys):
+  shares = selftest.check(_small_case(), length=29, interpret=True)
+  assert set(shares) == {'o', 'base', 'residual', *(f'd{n}' for n in judge.INPUTS)}
+  assert selftest.report('right', shares)
+  assert selftest.report('decode', selftest.check_step('bfloat16', 16, interpret=True))
+  assert capsys.readouterr().out.count('ok') == 2
+
+
+@pytest.mark.parametrize('wrong', ['v', 'beta'])
+def test_self_test_finds_wrong_gradients(monkeypatch, capsys, wrong):
+  """One part in a thousand of one gradient is enough."""
+  attend = call.attend
+
+  @jax.custom_vjp
+  def off(x):
+    return x
+
+  off.defvjp(lambda x: (x, None), lambda _, dx: (1.001 * dx,))
+
+  def miscompiled(config, q, k, v, log_decay, beta, *rest):
+    v, beta = (off(v), beta) if wrong == 'v' else (v, off(beta))
+    return attend(config, q, k, v, log_decay, beta, *rest)
+
+  monkeypatch.setattr(selftest.call, 'attend', miscompiled)
+  assert not selftest.report('x', selftest.check(_small_case(), length=16, interpret=True))
+  assert f'WRONG x: worst d{wrong}' in capsys.readouterr().out
+
+
+def test_self_test_covers_heuristic_and_table(monkeypatch):
+  cases = selftest.heuristic_cases([64, 128], ['bfloat16'])
+  assert len(set(cases)) == len(cases)
+  assert {(c.delta, c.residual) for c in cases} == RULES
+  assert {(c.delta, c.residual) for c in cases if c.blocks.split} == RULES
+  sizes = {'key_dim': 64, 'value_dim': 32, 'dtype': 'float16'}
+  key = blocks.tuned_key(delta=True, residual=False, heads=300, length=5000, **sizes)
+  table = {key: dataclasses.asdict(small_blocks())}
+  monkeypatch.setattr(blocks, 'tuned_table', lambda kind: table)
+  (case,) = selftest.tuned_cases('NVIDIA H200')
+  assert case == selftest.Case(True, False, 'float16', 64, 32, small_blocks(), 'any')
+
+
+def test_self_test_covers_candidates():
+  cases = selftest.candidate_cases([128], ['bfloat16'])
+  assert set(selftest.heuristic_cases([128], ['bfloat16'])) < set(cases)
+  for launch_ in candidates.PROMISING['gradients']:
+    tried = [c for c in cases if dataclasses.astuple(c.blocks.gradients) == launch_]
+    assert {(c.delta, c.residual) for c in tried} == RULES
