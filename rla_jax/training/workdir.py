@@ -79,16 +79,16 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
   root = pathlib.Path(workdir).expanduser().absolute()
   config, known = get_config(), leaves(get_config())
   for path, value in _saved(root).items():
-    value = tuple(value) if isinstance(value, list) else value
+    free = path.startswith('model.layer_options.')  # Its keys are layers' names.
+    if path not in known and not free:
+      raise WorkdirError(f'{root}/config.json has the key {path!r}, unknown to this version')
     *sections, key = path.split('.')
     place = config
     for section in sections:
-      if section not in place and path.startswith('model.layer_options.'):
+      if free and section not in place:
         place[section] = ConfigDict()
       place = place[section]
-    if path not in known and not path.startswith('model.layer_options.'):
-      raise WorkdirError(f'{root}/config.json has the key {path!r}, unknown to this version')
-    place[key] = value
+    place[key] = tuple(value) if isinstance(value, list) else value
   return config
 
 

@@ -1,5 +1,6 @@
 """A working directory has one config and one process; others change nothing in it."""
 
+import json
 import subprocess
 import sys
 
@@ -91,3 +92,11 @@ def test_a_place_that_cannot_be_written(config, tmp_path):
 def test_no_workdir_of_a_run(tmp_path):
   with pytest.raises(WorkdirError, match='no workdir of a training run'):
     read_config(tmp_path)
+
+
+@pytest.mark.parametrize('key', ['momentum', 'optimizer.momentum', 'scheduler.kind'])
+def test_a_key_of_another_version(workdir, key):
+  path = workdir / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {key: 1}))
+  with pytest.raises(WorkdirError, match=f'has the key {key!r}, unknown to this version'):
+    read_config(workdir)
