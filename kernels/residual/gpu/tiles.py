@@ -134,15 +134,6 @@ def decay_between(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl
 
 
 @triton.jit
-def decay_onto(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl.constexpr):
-  """The transpose of `decay_between`, with the same arguments."""
-  i = tl.arange(0, C)
-  seen = i[None, :] >= i[:, None] if INCLUSIVE else i[None, :] > i[:, None]
-  seen = seen & (era_to[None, :] == era_from[:, None])
-  return tl.exp2(tl.where(seen, G_to[None, :] - G_from[:, None], float('-inf')))
-
-
-@triton.jit
 def high_part(x):
   """The first half of the bits of float32 numbers: a bfloat16, still as float32.
 
