@@ -1,4 +1,4 @@
-"""The self-test of the Triton kernels: what it covers; right kernels pass it and wrong ones fail."""
+"""The self-test of the Triton kernels: it covers what is in use, and knows right from wrong."""
 
 import dataclasses
 import itertools
