@@ -1,5 +1,6 @@
 """The training state, created where it belongs: shapes, then shardings, then arrays."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -91,7 +92,16 @@ def abstract_state(
   Raises:
     ValueError: a parameter that the sharding table does not place; see `sharding.spec_of`.
   """
-  shapes = jax.eval_shape(initializer(model, optimizer, config), jax.random.key(0))
+  return _abstract(initializer(model, optimizer, config), mesh)
+
+
+def abstract_params(model: nn.Module, mesh: Mesh):
+  """The same of the parameters alone; raises as `abstract_state` does."""
+  return _abstract(functools.partial(initial_params, model), mesh)
+
+
+def _abstract(init, mesh):
+  shapes = jax.eval_shape(init, jax.random.key(0))
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,

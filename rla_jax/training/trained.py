@@ -17,7 +17,7 @@ from rla_jax.training.config import check, model_config, settled
 from rla_jax.training.errors import CheckpointError
 from rla_jax.training.evaluate import Evaluation, evaluate, loss_sums
 from rla_jax.training.feed import share
-from rla_jax.training.state import initial_params
+from rla_jax.training.state import abstract_params
 from rla_jax.training.workdir import read_config
 
 
@@ -56,16 +56,10 @@ def load(workdir: str | os.PathLike, mesh: Mesh) -> TrainedModel:
   config = read_config(root)
   tokenizer = data.tokenizer_of(check(config))
   model = LanguageModel(model_config(config, tokenizer.vocab_size))
-  shapes = jax.eval_shape(functools.partial(initial_params, model), jax.random.key(0))
-  target = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.shardings(shapes, mesh),
-  )
   found, item = None, 'params' if config.ema_decay is None else 'ema'
   if (root / 'checkpoints').is_dir():
     with Checkpoints(root) as checkpoints:
-      found = checkpoints.restore(**{item: target})
+      found = checkpoints.restore(**{item: abstract_params(model, mesh)})
   if found is None:
     raise CheckpointError(f'{root} has no checkpoint yet')
   step, trees, _ = found
