@@ -32,7 +32,8 @@ def score(logits: Float[Array, 'B T S'], targets: Int[Array, 'B T']) -> TokenSco
     logits: unnormalised log probabilities.
     targets: token ids, each in [0, S).
   """
-  return TokenScores(*_score(logits, targets))
+  # A narrow dtype has no room for the vocabulary's size, with which indices are compared.
+  return TokenScores(*_score(logits, targets.astype(jnp.int32)))
 
 
 @jax.custom_vjp

@@ -112,6 +112,16 @@ def test_the_gradient_of_a_score_is_that_of_its_definition():
   assert error(got, jax.jit(jax.grad(definition))(logits)) < 1e-6
 
 
+def test_targets_may_have_a_dtype_too_narrow_for_the_vocabulary():
+  logits = jax.random.normal(jax.random.key(0), (1, 2, 300))
+  targets = jnp.asarray([[5, 100]])
+
+  def gradient(dtype):
+    return jax.grad(lambda x: score(x, targets.astype(dtype)).nll.sum())(logits)
+
+  np.testing.assert_array_equal(gradient(jnp.int8), gradient(jnp.int32))
+
+
 def test_one_pass_finds_maximum_and_sum():
   logits = 20 * jax.random.normal(jax.random.key(0), (4, 300))
   logits = logits.at[0, 0].set(-jnp.inf).at[1].set(-1e4).at[2, 5].set(1e4).at[3, 1].set(jnp.nan)
