@@ -105,15 +105,15 @@ def sweep(root: pathlib.Path) -> None:
     if _TOGETHER.value:
       later = [found for entry in plan[number + 1 :] if (found := find(*entry))]
       train = functools.partial(_together, ahead, [r for r in later if not _is_finished(r[0])])
-    if not _train(job, run, train, late, len(plan) - number):
+    if not _train(f'{number + 1} of {len(plan)}', job, run, train, late):
       return
 
 
-def _train(job, run, train, late, runs_left) -> bool:
+def _train(place, job, run, train, late) -> bool:
   """Trains the members of a mixer and width, or goes on; whether they are finished."""
   (folder, config, _), (mixer, width) = run, job
   if _is_finished(folder):
-    print(f'{folder.name}: finished before')
+    print(f'{folder.name}: finished before, {place}')
     return True
   if late():
     print(f'{folder.name}: left for another call, the budget is spent')
@@ -133,9 +133,9 @@ def _train(job, run, train, late, runs_left) -> bool:
   write_rows(folder / 'curve.csv', rows)
   for name in ('state.npz', 'unfinished.csv'):
     (folder / name).unlink(missing_ok=True)
+  # No time for the others: they differ in width, members and what of them is done.
   seconds = time.perf_counter() - start
-  left = duration(seconds * (runs_left - 1))
-  print(f'{folder.name}: {duration(seconds)}; sweep ETA {left}', flush=True)
+  print(f'{folder.name}: finished in {duration(seconds)}, {place}', flush=True)
   return True
 
 

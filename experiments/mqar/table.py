@@ -35,9 +35,11 @@ def last(path: pathlib.Path) -> list[dict]:
 
 
 def best_rate(rows: list[dict]) -> float:
-  """The learning rate with the best mean over the seeds that all learning rates have.
+  """The learning rate with the best mean accuracy, of one task, mixer and width.
 
-  The rates of one task, mixer and width; where no seed is common, over the seeds that each has.
+  The mean is over the seeds that all rates have: more seeds, trained only at the rate that was best
+  with these, do not change the choice. Where no seed is common it is over those that each rate has:
+  nobody chose them by their results, so no rate is favoured, but the seeds differ as the rates do.
   """
   rates: dict[float, dict[int, float]] = {}
   for row in rows:
@@ -94,7 +96,8 @@ def table(rows: list[dict]) -> str:
     ]  # fmt: skip
     lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
   lines += ['', 'Accuracy: mean over the test sets (L length, N pairs), best learning rate by the']
-  lines += ['seeds that all rates have; mean ± standard deviation over its seeds.']
+  lines += ['seeds that all rates have (if none, by those of each); mean ± standard deviation over']
+  lines += ['its seeds.']
   lines += ['Published: read off a figure, ± 0.003.']
   where = sorted({f'{r["date"]}, {r["device"]}, jax {r["jax"]}' for r in rows})
   lines += ['', *(f'Measured {place}.' for place in where), '']

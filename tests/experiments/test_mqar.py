@@ -2,6 +2,7 @@
 
 import csv
 import pathlib
+import re
 import runpy
 import sys
 
@@ -112,7 +113,9 @@ def test_the_command_trains_once_and_writes_its_table(config, tmp_path, capsys, 
     first = capsys.readouterr().out
     mqar_sweep.main(None)
   assert 'finished before' not in first and '| mqar | delta_net | 32 | 2,048 |' in first
-  assert 'finished before' in capsys.readouterr().out
+  assert re.findall(r': finished in .*s, (.*)', first) == ['1 of 2', '2 of 2']
+  again = capsys.readouterr().out
+  assert re.findall(r': finished before, (.*)', again) == ['1 of 2', '2 of 2']
   curves = list(tmp_path.glob('delta_net_d32_*/curve.csv'))
   rates, more = sorted((table.last(path) for path in curves), key=len, reverse=True)
   assert [(r['epoch'], r['learning_rate'], r['seed']) for r in rates] == [(2, 0.1, 0), (2, 0.01, 0)]
@@ -154,6 +157,7 @@ def test_more_seeds_of_one_rate_do_not_change_the_choice():
   assert table.best_rate(one_seed) == 0.01
   assert table.best_rate([*one_seed, row(0.01, 1, 0.1), row(0.01, 2, 0.1)]) == 0.01
   assert table.best_rate([*one_seed, row(0.001, 1, 0.7), row(0.01, 1, 0.5)]) == 0.001
+  assert table.best_rate([*one_seed, row(0.1, 1, 0.9), row(0.1, 2, 0.5)]) == 0.01, 'none is common'
 
 
 def test_a_set_to_learn_from_has_its_own_number_of_targets():
