@@ -20,9 +20,11 @@ _TOP_K = flags.DEFINE_integer(
   'top_k', None, 'Sample from the k most probable tokens only.', lower_bound=1
 )
 _TOP_P = flags.DEFINE_float(
-  'top_p', None, 'Sample from the most probable tokens that reach this probability together.',
-  lower_bound=0.0, upper_bound=1.0,
-)  # fmt: skip
+  'top_p', None, 'Sample from the most probable tokens that reach this probability together.'
+)
+flags.register_validator(
+  'top_p', lambda p: p is None or 0 < p <= 1, 'expected a number above 0 and at most 1'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the random numbers; the same seed, the same text.')
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens', 256, 'Tokens to make; fewer if the document ends.', lower_bound=1

@@ -12,6 +12,10 @@ from rla_jax.training.plots import draw
 
 _RUNS = flags.DEFINE_list('runs', None, 'Folders of training runs.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Image to write: .png, .svg or .pdf.', required=True)
+flags.register_validator(
+  'output', lambda path: path is None or path.endswith(('.png', '.svg', '.pdf')),
+  'expected a file that ends in .png, .svg or .pdf',
+)  # fmt: skip
 _METRICS = flags.DEFINE_multi_string(
   'metrics', ['train/loss,eval/loss'],
   'A panel: names as in metrics.jsonl; one that ends in / stands for all that begin with it.',

@@ -216,11 +216,12 @@ def compile_step(step, abstract: TrainState, batch: dict, progress: Progress):
 
   The state's buffers are donated: the old state is gone after a call.
   """
+  progress.say('compiling the training step ...')
   begin = time.perf_counter()
   placed = jax.tree.map(lambda x: x.sharding, abstract)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
   compiled = jitted.lower(abstract, batch).compile()
-  progress.say(f'compiled the training step in {duration(time.perf_counter() - begin)}')
+  progress.say(f'compiled in {duration(time.perf_counter() - begin)}')
   return compiled
 
 

@@ -115,6 +115,20 @@ def test_generate_without_a_run(tmp_path):
   assert 'Traceback' not in result.stderr
 
 
+@pytest.mark.parametrize(
+  ('program', 'args', 'message'),
+  [
+    ('plot', ['--runs=run', '--output=loss.foo'], 'expected a file that ends in .png'),
+    ('generate', ['--workdir=run', '--top_p=0'], 'expected a number above 0 and at most 1'),
+  ],
+)
+def test_a_wrong_value_of_a_flag_is_one_line(program, args, message):
+  result = run(program, *args)
+  assert result.returncode == 2
+  (line,) = result.stderr.strip().splitlines()
+  assert line.startswith('error: ') and message in line
+
+
 def test_plot_draws(trained, tmp_path):
   workdir, _ = trained
   result = run('plot', f'--runs={workdir},{workdir}', f'--output={tmp_path}/loss.png')
