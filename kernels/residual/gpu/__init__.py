@@ -1,7 +1,8 @@
 """Triton kernels of the residual recurrence for NVIDIA GPUs, called through jax-triton.
 
 Four kernels: `prepare` and `forward`; `prepare` again, `sweep` and `gradients` for the backward
-pass. Importing this package needs no Triton.
+pass. Those of `split` let few heads walk parts of a sequence side by side; that of `step` decodes.
+Importing this package needs no Triton.
 """
 
 import jax.numpy as jnp
