@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from ops_benchmark.timing import peak_bytes
 from tqdm import tqdm
 
 from rla_jax import ops
@@ -149,18 +150,9 @@ def program(contender: str, update: str, direction: str):
   return jax.jit({'forward': forward, 'forward_backward': forward_backward}[direction])
 
 
-def program_bytes(compiled) -> int:
-  """Arguments, results and temporaries of a compiled program, by the compiler's account."""
-  found = compiled.memory_analysis()
-  return (
-    found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    - found.alias_size_in_bytes
-  )  # fmt: skip
-
-
 def times_qkvo(compiled, length: int, batch: int, heads: int, size: int) -> float:
   """Memory of a program over the bytes of q, k, v and o in float32."""
-  return program_bytes(compiled) / (4 * 4 * batch * length * heads * size)
+  return peak_bytes(compiled) / (4 * 4 * batch * length * heads * size)
 
 
 def check(compiled: dict, arrays: list[jax.Array], update: str, direction: str):
@@ -182,7 +174,7 @@ def compare(update: str, direction: str, length: int, checked: bool, progress) -
   for name in CONTENDERS.value:
     progress.set_postfix_str(f'{update} {direction} T={length}: compiling {name}')
     built = program(name, update, direction).lower(*arrays).compile()
-    (refused if program_bytes(built) > MEMORY.value * GIB else compiled)[name] = built
+    (refused if peak_bytes(built) > MEMORY.value * GIB else compiled)[name] = built
   if checked:
     check(compiled, arrays, update, direction)
   progress.set_postfix_str(f'{update} {direction} T={length}: timing')
@@ -197,7 +189,7 @@ def compare(update: str, direction: str, length: int, checked: bool, progress) -
       rounds=len(times.get(name, ())),
       tokens_per_s=median and round(length * BATCH.value / median),
       times_plain=median and round(median / medians.get('plain', math.nan), 3),
-      program_mib=round(program_bytes(built) / 2**20, 2),
+      program_mib=round(peak_bytes(built) / 2**20, 2),
       times_qkvo=round(times_qkvo(built, length, *sizes), 2),
       note='' if name in compiled else f'not run: needs more than {MEMORY.value:g} GiB',
     ))  # fmt: skip
