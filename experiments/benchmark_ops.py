@@ -345,6 +345,9 @@ def main(argv):
   """Runs the suites; exits with 1 if a figure is over its bar."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  for flag in (SUITES, CONTENDERS, SELECTED, DIRECTIONS):  # by default all that there are
+    if unknown := sorted(set(flag.value) - set(flag.default)):
+      raise app.UsageError(f'--{flag.name} has {unknown}; expected some of {flag.default}')
   source = provenance()
   print(source['hardware'], source['versions'], f'commit {source["commit"]}', sep=' | ')
   seed = SEED.value if SEED.value is not None else int.from_bytes(os.urandom(3), 'little')

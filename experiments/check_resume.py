@@ -45,8 +45,8 @@ def main(_):
 def _check(folder) -> int:
   config, rng = _CONFIG.value, random.Random(_SEED.value)
   whole, killed = folder / 'whole', folder / 'killed'
-  if whole.exists() or killed.exists():
-    raise ConfigError(f"--workdir is '{folder}', which has runs already; expected a new folder")
+  if folder.exists() and any(folder.iterdir()):
+    raise ConfigError(f"--workdir is '{folder}', which is not empty; expected a new folder")
   flag = flags.FLAGS['config']
   # The same config, and one short evaluation at the end.
   overrides = {

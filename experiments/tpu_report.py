@@ -22,6 +22,7 @@ A case that is in the tables, compiled from the same sources, is left out unless
 so an interrupted report goes on where it stopped, and a part can be compiled anew.
 """
 
+import importlib.util
 import itertools
 import pathlib
 import signal
@@ -71,10 +72,12 @@ def main(argv):
   del argv
   # As an exception, so that a compiler which is running is ended too.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
+  for flag in (SUITE, RULES, DTYPES, PROGRAMS):  # by default all that there are
+    if unknown := sorted(set(flag.value) - set(flag.default)):
+      raise app.UsageError(f'--{flag.name} has {unknown}; expected some of {flag.default}')
+  if importlib.util.find_spec('libtpu') is None:  # else every case would be a row with that error
+    sys.exit("error: libtpu is not installed: pip install 'rla_jax[train,tpu]'")
   suites = {'kernels': report_kernels, 'step': report_step}
-  unknown = set(SUITE.value) - set(suites)
-  if unknown:
-    raise app.UsageError(f'--suite={",".join(unknown)}: expected some of {list(suites)}')
   pathlib.Path(OUT.value).mkdir(parents=True, exist_ok=True)
   failed = [line for suite in SUITE.value for line in suites[suite]()]
   print(*failed, sep='\n')

@@ -171,6 +171,14 @@ def test_rows_are_kept_as_they_come(tmp_path):
   assert Rows(path, source, ('operation',)).rows == []
 
 
+def test_command_refuses_an_unknown_suite(tmp_path):
+  command = [sys.executable, 'experiments/benchmark_ops.py', '--suites=sped', f'--out={tmp_path}']
+  environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert "--suites has ['sped']; expected some of ['accuracy', 'speed', 'decode']" in done.stderr
+
+
 def test_command_writes_what_it_measured(tmp_path):
   command = [
     sys.executable, 'experiments/benchmark_ops.py', '--suites=decode', '--operations=rdn',

@@ -156,6 +156,13 @@ def test_a_report_that_is_stopped_ends_its_compiler(tmp_path, monkeypatch):
     os.kill(compiler, 0)
 
 
+def test_report_refuses_an_unknown_rule(tmp_path):
+  done = run('tpu_report.py', '--rules=rla,foo', f'--out={tmp_path}')
+  assert done.returncode == 1
+  assert "--rules has ['foo']; expected some of ['rla', 'rdn', 'gla', 'gdn']" in done.stderr
+  assert not list(tmp_path.iterdir())
+
+
 def test_report_has_help():
   done = run('tpu_report.py', '--help')
   assert '--topologies' in done.stdout
