@@ -25,9 +25,11 @@ USAGE = 2  # Exit status of a wrong command line or config.
 FAILED = 1  # Exit status of a run that ended with an error.
 
 
-def define_config(help: str = 'Config file, a Python file with get_config().'):
+def define_config():
   """Defines `--config=FILE`, required, and `--config.KEY=VALUE`; returns the flag's holder."""
-  holder = config_flags.DEFINE_config_file('config', None, help, lock_config=True)
+  holder = config_flags.DEFINE_config_file(
+    'config', None, 'Config file, a Python file with get_config().', lock_config=True
+  )
   flags.mark_flag_as_required('config')
   return holder
 

@@ -319,11 +319,6 @@ def test_few_programs_split_the_sequence(programs, spans, delta, parts):
   assert blocks.sequence_split(programs, spans, delta=delta) == parts
 
 
-def test_more_multiprocessors_want_more_parts():
-  assert blocks.sequence_split(32, 512, delta=True, multiprocessors=264) == 16
-  assert blocks.sequence_split(96, 512, delta=True, multiprocessors=264) == 5
-
-
 @pytest.mark.parametrize('thorough', [False, True])
 @pytest.mark.parametrize('part', candidates.PARTS)
 def test_candidates_differ_in_one_part(part, thorough):

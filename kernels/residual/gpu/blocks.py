@@ -53,9 +53,7 @@ class Blocks:
     return cls(**(record | kernels))
 
 
-def sequence_split(
-  programs: int, spans: int, *, delta: bool, multiprocessors: int = MULTIPROCESSORS
-) -> int:
+def sequence_split(programs: int, spans: int, *, delta: bool) -> int:
   """Parts of a sequence to walk side by side, where heads alone do not fill a card.
 
   Parts have a price, in time of the walk itself: what each leaves is found beforehand, for one
@@ -66,11 +64,10 @@ def sequence_split(
     programs: of a kernel that walks whole sequences.
     spans: of the sequence.
     delta: whether the update is the delta rule.
-    multiprocessors: of the card.
   """
-  wanted = (2 if delta else 4) * multiprocessors // programs
+  wanted = (2 if delta else 4) * MULTIPROCESSORS // programs
   parts = min(wanted, spans // SHORTEST_PART)
-  return parts if parts >= 4 and 2 * programs <= multiprocessors else 1
+  return parts if parts >= 4 and 2 * programs <= MULTIPROCESSORS else 1
 
 
 def heuristic(
