@@ -10,6 +10,7 @@ loses the bits that it loses on the card. Works with Triton 3.6 to 3.9.
 """
 
 import contextlib
+import functools
 import inspect
 import threading
 import types
@@ -97,8 +98,13 @@ def _dot(builder, a, b, accumulator, input_precision, max_num_imprecise_acc):
   return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
 
 
+@functools.cache  # Triton reads the signature again at every call
+def _rewritten(function):
+  return interpreter.InterpretedFunction(function).rewrite()
+
+
 def _call_device_function(function, *args, **kwargs):
-  return interpreter.InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
+  return _rewritten(function.fn)(*args, **kwargs)
 
 
 @contextlib.contextmanager

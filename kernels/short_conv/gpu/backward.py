@@ -2,7 +2,7 @@
 
 With z the convolution, a = silu(z) or z, n = 1 / sqrt(sum a^2 + eps) of a head and y = s n a:
 
-    da = s n dy - s n^3 (a.dy) a      dz = da silu'(z)      silu'(z) = sigmoid(z) (1 + z - a)
+    da = s n dy - s n^3 (a.dy) a      dz = da silu'(z)      silu'(z) = g + a (1 - g), g = sigmoid(z)
     dh_t = sum_j taps_{W-1-j} dz_{t+j}      dtaps_{W-1-j} = sum_t dz_t h_{t-j}
 
 where t and the other token are of one document. A token's dh is complete W - 1 tokens later, so a
@@ -45,7 +45,7 @@ def through_activation(
   else:
     dz = SCALE * dy
   if SILU:
-    dz *= gate + a - a * gate
+    dz *= gate + a * (1.0 - gate)
   return dz
 
 
