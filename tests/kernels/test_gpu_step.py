@@ -16,6 +16,7 @@ from rla_jax.ops.inputs import Options, repeat_heads
 from rla_jax.ops.state import ResidualState
 from rla_jax.ops.step import advance
 from rla_jax.ops.validate import canonicalise_step
+from tests.errors import error
 from tests.kernels import triton_harness as harness
 
 BARS = {jnp.float32: 2e-6, jnp.bfloat16: 0.003, jnp.float16: 4e-4}  # o is rounded to the dtype once
@@ -58,8 +59,8 @@ def assert_close(actual, wanted, bars):
     if y is None:
       assert x is None
       continue
-    error = np.sqrt(np.mean((np.asarray(x, np.float64) - y) ** 2) / np.mean(y**2))
-    assert error < bar, f'{name}: {error:.2e}'
+    found = error(x, y)
+    assert found < bar, f'{name}: {found:.2e}'
 
 
 @pytest.mark.parametrize('readout', ['gated', 'sum'])

@@ -6,6 +6,7 @@ import numpy as np
 
 from rla_jax.kernels.residual import tpu
 from tests import oracle
+from tests.errors import error as error
 
 STATES = ('base', 'residual')
 GATES = ('log_decay', 'beta', 'gamma')
@@ -91,19 +92,6 @@ def run(call: oracle.Call, dtype=jnp.float32, *, wanted=None, chunk_size=16, int
     return out, transpose({name: cotangents[name].astype(out[name].dtype) for name in out})[0]
 
   return jax.jit(both)(arrays, {name: jnp.asarray(x) for name, x in wanted.items()})
-
-
-def error(x, reference) -> float:
-  """RMS(error) / RMS(reference)."""
-  x = np.asarray(x, np.float64)
-  assert np.isfinite(x).all(), 'not finite'
-  return float(np.sqrt(np.mean((x - reference) ** 2) / np.mean(reference**2)))
-
-
-def cosine(x, reference) -> float:
-  """Cosine of the angle between two arrays."""
-  x, y = np.asarray(x, np.float64).ravel(), reference.ravel()
-  return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
 
 
 def assert_close(found, reference, bars):

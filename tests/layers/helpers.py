@@ -8,6 +8,7 @@ import numpy as np
 
 from rla_jax import layers
 from rla_jax.layers import registry
+from tests.errors import error as error
 
 BATCH, LENGTH, WIDTH, HEADS, GROUPS, WINDOW = 2, 13, 24, 4, 2, 4
 ALL = sorted(layers.LAYERS)
@@ -42,12 +43,6 @@ def init(layer, seed=1):
   if 'v_proj' in params:
     params['v_proj'] = 3 * params['v_proj']
   return params
-
-
-def error(got, want) -> float:
-  """RMS(got - want) / RMS(want)."""
-  got, want = (np.asarray(x, np.float64) for x in (got, want))
-  return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
 
 
 def run_pieces(layer, params, x, segment_ids, cuts):

@@ -1,8 +1,4 @@
-"""Runs an implementation on a `Call` and measures it against the oracle.
-
-The error of an array is RMS(got - want) / RMS(want). A reference below TINY counts as TINY: float32
-holds nothing smaller, so a gradient that has decayed to 1e-160 may be given as zero.
-"""
+"""Runs an implementation on a `Call` and measures it against the oracle."""
 
 import functools
 
@@ -12,10 +8,11 @@ import numpy as np
 
 from rla_jax import ops
 from tests import oracle
+from tests.errors import cosine as cosine
+from tests.errors import error as error
 from tests.oracle import Call
 
 OPERATORS = {'additive': ops.residual_linear_attention, 'delta': ops.residual_delta_rule}
-TINY = 1e-30
 _LOW = {
   **dict.fromkeys(('o', 'base', 'residual'), 5e-3),
   **dict.fromkeys(('dq', 'dk', 'dv', 'dbase', 'dresidual'), 8e-3),
@@ -74,25 +71,6 @@ def expected(call: Call, cotangents, mask=None) -> dict[str, np.ndarray]:
   out.pop('innovation', None)
   grads = oracle.gradients(call, cotangents, mask)
   return {**out, **{f'd{name}': x for name, x in grads.items()}}
-
-
-def error(got: np.ndarray, want: np.ndarray) -> float:
-  """RMS(got - want) / RMS(want)."""
-  assert got.shape == want.shape, f'shape {got.shape}; expected {want.shape}'
-  if not want.size:
-    return 0.0
-  return float(rms(got - want) / max(rms(want), TINY))
-
-
-def rms(x: np.ndarray) -> float:
-  """Root of the mean square, without overflow or underflow."""
-  largest = np.abs(x).max(initial=0)
-  return float(largest * np.sqrt(np.mean((x / largest) ** 2))) if largest else 0.0
-
-
-def cosine(got: np.ndarray, want: np.ndarray) -> float:
-  """Cosine of the angle between two gradients."""
-  return float((got * want).sum() / (np.linalg.norm(got) * np.linalg.norm(want)))
 
 
 def assert_within(got: dict, want: dict, bars: dict[str, float]):
