@@ -30,7 +30,7 @@ from rla_jax.training.command_line import define_config, overrides, run, sizes_o
 _CONFIG = define_config()
 _TOPOLOGY = flags.DEFINE_list(
   'topology', None, 'TPU slices such as v5e:16x16, v5p:4x4x4, v6e:16x16; GPUs of one node such as '
-  'h200:8; or attached: the devices of this process.', required=True,
+  'h200:8; or attached: the TPUs or GPUs of this process.', required=True,
 )  # fmt: skip
 _VOCABULARY = flags.DEFINE_integer(
   'vocab_size', 32_000, 'Size of the vocabulary, unless the config says it.'

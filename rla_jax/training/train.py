@@ -103,12 +103,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> Outcom
         data.train_batches(data_config, corpus, start_step=start, **share), mesh
       )
       batch = next(batches)
-      step = compile_step(
-        functools.partial(
-          train_step, loss_sums=loss, optimizer=optimizer, config=settled(config, mesh)
-        ),
-        abstract, batch, progress,
-      )  # fmt: skip
+      if start < config.steps:  # All that is left of a finished run is its evaluation.
+        step = compile_step(
+          functools.partial(
+            train_step, loss_sums=loss, optimizer=optimizer, config=settled(config, mesh)
+          ),
+          abstract, batch, progress,
+        )  # fmt: skip
 
       profile = Profile(root / 'profile', config.profile.start, config.profile.steps)
       writer = NoMetrics() if silent else MetricsWriter(root, start, config.wandb)

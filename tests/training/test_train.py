@@ -103,7 +103,10 @@ def test_a_signal_saves_and_the_restart_is_bitwise_the_same(
   assert records(tmp_path / 'parts') == records(tmp_path / 'whole')
 
 
-def test_a_finished_run_is_evaluated_again_and_changes_nothing(whole, config, tmp_path):
+def test_a_finished_run_is_evaluated_again_and_changes_nothing(
+  whole, config, tmp_path, monkeypatch
+):
+  monkeypatch.delattr(train_module, 'compile_step')  # there is no step for it
   again = train_and_evaluate(config, tmp_path / 'whole')
   assert again.evaluation == whole.evaluation
   assert_same_state(again.state, whole.state)
