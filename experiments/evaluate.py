@@ -66,7 +66,7 @@ def main(_):
     'step': step,
     'loss': evaluation.loss,
     'perplexity': evaluation.perplexity,
-    'bits_per_byte': evaluation.bits_per_byte,
+    'bits_per_byte': evaluation.bits_per_byte if evaluation.bytes else None,  # ids are no text
     'tokens': evaluation.tokens,
     'bytes': evaluation.bytes,
   }))  # fmt: skip

@@ -130,6 +130,8 @@ def select(names: Sequence[str]) -> list[str]:
 
 def _text(run: Run) -> list[Result]:
   config = check(run.trained.config)
+  if run.settings.path is None and config.format == 'synthetic':
+    raise Skipped(f'the checkpoint was trained on {config.path} and held out no text')
   if run.settings.path is None:
     documents = data.load_documents(config)[1]
   else:

@@ -14,7 +14,7 @@ from rla_jax import data, generation, sharding
 from rla_jax.models import LanguageModel
 from rla_jax.training.checkpoints import Checkpoints
 from rla_jax.training.config import check, model_config, settled
-from rla_jax.training.errors import CheckpointError
+from rla_jax.training.errors import CheckpointError, ConfigError
 from rla_jax.training.evaluate import Evaluation, evaluate, loss_sums
 from rla_jax.training.feed import share
 from rla_jax.training.state import abstract_params
@@ -117,11 +117,17 @@ def continue_text(
     top_k: sample from the k most probable tokens only.
     top_p: sample from the most probable tokens that reach this probability together.
     seed: of the random numbers.
+
+  Raises:
+    ConfigError: top_k is larger than the vocabulary.
+    DataError: the model was trained on ids and the prompt is text.
   """
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   with jax.set_mesh(mesh):
     trained = load(workdir, mesh)
-    tokenizer = trained.tokenizer
+    tokenizer, size = trained.tokenizer, trained.model.config.vocab_size
+    if top_k is not None and top_k > size:
+      raise ConfigError(f'top_k is {top_k}; expected at most the size of the vocabulary, {size}')
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     made = generation.generate(
       trained.model, trained.params, [tokens], max_new_tokens, temperature=temperature,

@@ -61,6 +61,17 @@ def test_state_tracking_by_length_and_position(monkeypatch, tmp_path):
   assert last[0] == 'parity L64' and float(last[-1]) == 0.0
 
 
+def test_a_model_of_ids_has_no_text(monkeypatch, tmp_path):
+  trained_on(monkeypatch, 'parity', 2)
+  with pytest.raises(DataError, match='text: the checkpoint was trained on parity'):
+    run_suites('w', ['text'], tmp_path)
+  tokenizer = tasks.IdTokenizer(2)
+  assert tokenizer.encode('1 0').tolist() == [1, 0]
+  for text in ('x', '2', '-1'):
+    with pytest.raises(DataError, match=f"text '{text}'; the model knows ids alone"):
+      tokenizer.encode(text)
+
+
 def test_mean_over_recall_sets_stands_beside_the_published_one(monkeypatch, tmp_path):
   sets = [multi_query_recall(s, 16, pairs, 5, vocab_size=32) for s, pairs in ((0, 1), (1, 4))]
   monkeypatch.setattr(tasks, 'based_train', lambda s, r: sets)

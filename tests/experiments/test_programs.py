@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from rla_jax.training import train_and_evaluate
+from rla_jax.training import ConfigError, train_and_evaluate
+from rla_jax.training.trained import continue_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAMS = ('train', 'generate', 'evaluate', 'plot', 'quickstart')
@@ -107,6 +108,11 @@ def test_generate_repeats_itself_with_the_same_seed(trained):
   assert first.stdout.startswith('to be')
   assert len(first.stdout) > len('to be\n')
   assert first.stdout == second.stdout
+
+
+def test_more_top_k_than_there_is_is_an_error_of_the_user(trained):
+  with pytest.raises(ConfigError, match=r'top_k is 300; expected at most .* 258'):
+    continue_text(trained[0], 'to be', 1, top_k=300)
 
 
 def test_generate_without_a_run(tmp_path):

@@ -31,7 +31,11 @@ class IdTokenizer(Tokenizer):
     self.fingerprint = hashlib.sha256(f'ids below {vocab_size}'.encode()).hexdigest()
 
   def encode_batch(self, texts):
-    return [np.array(text.split(), np.int32) for text in texts]
+    words = [text.split() for text in texts]
+    for word in (word for text in words for word in text):
+      if not (word.isdecimal() and int(word) < self.vocab_size):
+        raise DataError(f'text {word!r}; the model knows ids alone, below {self.vocab_size}')
+    return [np.array(text, np.int32) for text in words]
 
   def decode(self, ids):
     return ' '.join(str(int(i)) for i in ids)
