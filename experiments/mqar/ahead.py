@@ -14,7 +14,7 @@ class Ahead:
     self._begun: dict[Hashable, concurrent.futures.Future] = {}
 
   def begin(self, key: Hashable, *arguments) -> None:
-    """Starts to make it, once. The thread does not keep the process from ending."""
+    """Starts to make it, once. A process that ends waits only for pools that `make` has at work."""
     if key in self._begun:
       return
     future = self._begun[key] = concurrent.futures.Future()
