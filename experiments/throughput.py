@@ -8,7 +8,8 @@
 The model has random parameters. --mixers puts one layer after the other in place of all those of
 the config; softmax attention then has the config's number of heads, all with keys and values of
 their own. Writes throughput.csv and, for each of --kinds, throughput_KIND.png and memory_KIND.png.
-The same command again measures what is missing; --budget stops after so many seconds.
+The same command again measures what is missing; --budget compiles nothing more after so many
+seconds.
 """
 
 import math
@@ -29,7 +30,9 @@ _LENGTHS = flags.DEFINE_list('lengths', list(map(str, throughput.LENGTHS)), 'Tok
 _BATCH_TOKENS = flags.DEFINE_integer('batch_tokens', 32768, 'Tokens of a batch.', lower_bound=1)
 _CHUNK = flags.DEFINE_integer('chunk', 2048, 'Prompt tokens of one call.', lower_bound=1)
 _KINDS = flags.DEFINE_list('kinds', list(throughput.KINDS), 'What to measure.')
-_BUDGET = flags.DEFINE_float('budget', None, 'Seconds after which it stops, to go on later.')
+_BUDGET = flags.DEFINE_float(
+  'budget', None, 'Seconds after which nothing more is compiled; the same command goes on.'
+)
 _VOCABULARY = flags.DEFINE_integer(
   'vocab_size', 100_352, 'Tokens of the vocabulary, unless the config says.', lower_bound=1
 )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +91,6 @@ def prepared(call: Call, drawn, segments, rng: np.random.Generator) -> tuple[dic
   return inputs, cotangents
 
 
-def token(inputs: dict) -> dict:
-  """Arguments of a decode step by name: the first token of every sequence, and the states."""
-  return {n: x if n in STATES else x[:, 0] for n, x in inputs.items()}
-
-
 def reference(call: Call, inputs: dict, segments, cotangents: dict) -> tuple[dict, dict]:
   """(outputs, gradients) by name, token by token in float64 on the host's processor."""
   with _float64():
@@ -118,8 +114,14 @@ def shares(dtype: str, values: tuple[dict, dict], wanted: tuple[dict, dict]) -> 
   return found
 
 
-def step_shares(call: Call, out: tuple, inputs: dict, cotangents: dict) -> dict[str, float]:
-  """The same for what a decode step returns: its states are float32 whatever the values are."""
+def check_step(call: Call, step: Callable, inputs: dict, cotangents: dict) -> dict[str, float]:
+  """The same for the outputs of a decode step on the first token of every sequence.
+
+  Its states are float32 whatever the values are.
+  """
+  step = functools.partial(step, update=call.update, clip=call.clip, readout=call.readout)
+  token = {n: x if n in STATES else x[:, 0] for n, x in inputs.items()}
+  out = jax.jit(step)(*(token.get(name) for name in INPUTS))
   wanted, _ = reference(call, inputs, None, cotangents)
   wanted['o'] = wanted['o'][:, 0]
   bars = dict.fromkeys(STATES, BARS['float32'][0]) | {'o': BARS[call.dtype][0]}
@@ -181,8 +183,10 @@ def _recurrence(call, x, segments, margin=0.0):
       is_near = jnp.abs(jnp.abs(v - prediction) - call.clip) < margin
       inside = prediction + jnp.sign(v - prediction) * (call.clip - 2 * margin)
       v = jnp.where(is_near, inside, v)
+
     def read(state):
       return jnp.einsum('bhkv,bhk->bhv', state, q)
+
     S_new = write(S, k, t['beta'], v, decay)
     if not call.residual:
       return (S_new, R), (read(S_new), v)

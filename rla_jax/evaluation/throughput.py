@@ -2,10 +2,10 @@
 
 A training step takes about as many tokens at every length, in one piece; prefill and decode run as
 many sequences as such a batch holds. Parameters and tokens are random: they do not matter here.
-The training steps of all models and lengths are compiled side by side before any is timed. Time is
-the median of repetitions after a first one. Memory of a training step is what the compiler lays out
-for its arguments, results and temporaries; of prefill and decode it is parameters and cache. What
-does not fit is a row without numbers. On NVIDIA GPUs the training step of softmax attention is
+Training steps are compiled a few at a time, side by side, and timed while nothing is compiled. Time
+is the median of repetitions after a first one. Memory of a training step is what the compiler lays
+out for its arguments, results and temporaries; of prefill and decode it is parameters and cache.
+What does not fit is a row without numbers. On NVIDIA GPUs the training step of softmax attention is
 FlashAttention; with a cache it is XLA's products.
 """
 
@@ -41,7 +41,7 @@ LENGTHS = tuple(2048 * 2**n for n in range(7))  # 2K to 128K
 DECODED, BLOCK = 128, 32  # tokens of a decode, and in one call of it
 REPETITIONS = 5
 KINDS = ('train', 'prefill', 'decode')
-COMPILERS = 8  # threads; XLA takes some cores for each program
+COMPILERS = min(8, os.cpu_count() or 1)  # training steps that are compiled side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def measure(
     chunk: prompt tokens in one call of the model.
     kinds: some of `KINDS`.
     known: rows of an earlier call; those of the same model and device are not measured again.
-    budget: seconds after which no further measurement begins.
+    budget: seconds after which nothing more is compiled, and what is compiled is still measured.
     say: takes a line a measurement.
 
   Returns:
@@ -124,7 +124,7 @@ def measure(
   ]
   begin, folder, rows = time.perf_counter(), pathlib.Path(folder), list(known)
   plan = []
-  for model, length, kind in itertools.product(models, lengths, kinds):
+  for kind, model, length in itertools.product(kinds, models, lengths):
     count = max(1, batch_tokens // length)
     identity = {
       'kind': kind, 'mixer': ' '.join(dict.fromkeys(model.config.pattern)), 'length': length,
@@ -136,26 +136,24 @@ def measure(
     else:
       start = functools.partial(_prepare, model, count, length, kind, config, chunk)
       plan.append((identity, name, start))
-  with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-    calls = []
-    started = pool.map(_attempt, [start for _, _, start in plan])
-    for (identity, name, _), call in zip(plan, started, strict=True):
-      calls.append(call)
-      if identity['kind'] == 'train':
-        say(f'{name}: compiled, {duration(time.perf_counter() - begin)} after the start')
-  for number, ((identity, name, _), call) in enumerate(zip(plan, calls, strict=True), start=1):
+  for first in range(0, len(plan), COMPILERS):
+    group = plan[first : first + COMPILERS]
     if time.perf_counter() - begin > budget:
-      say(f'{name}: left for another call, the budget is spent')
+      say(f'{group[0][1]}: left for another call, the budget is spent')
       break
-    timing = call and _attempt(call)
-    jax.clear_caches()
-    rows.append(identity | {
-      'tokens_per_second': timing and timing.rate, 'seconds': timing and timing.seconds,
-      'memory_bytes': timing and timing.memory,
-    })  # fmt: skip
-    results.write_rows(folder / 'throughput.csv', rows)
-    rate = 'does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'
-    say(f'{number} of {len(plan)}, {name}: {rate}')
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+      calls = list(pool.map(_attempt, [start for _, _, start in group]))
+    say(f'{len(group)} programs ready {duration(time.perf_counter() - begin)} after the start')
+    for number, ((identity, name, _), call) in enumerate(zip(group, calls, strict=True), first + 1):
+      timing = call and _attempt(call)
+      jax.clear_caches()
+      rows.append(identity | {
+        'tokens_per_second': timing and timing.rate, 'seconds': timing and timing.seconds,
+        'memory_bytes': timing and timing.memory,
+      })  # fmt: skip
+      results.write_rows(folder / 'throughput.csv', rows)
+      rate = 'does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'
+      say(f'{number} of {len(plan)}, {name}: {rate}')
   for kind in kinds:
     _show(folder, kind, rows)
   return rows

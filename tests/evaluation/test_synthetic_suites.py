@@ -130,6 +130,24 @@ def test_throughput_measures_what_is_missing_until_the_budget_is_spent(monkeypat
     measure(kinds=['decod'])
 
 
+def test_throughput_measures_what_was_compiled_beyond_the_budget(monkeypatch, tmp_path):
+  """Or a budget shorter than the compilation would never measure anything."""
+  now = [0.0]
+
+  def prepare(model, count, length, *_):
+    now[0] += 10
+    return lambda: throughput.Timing(0.5, count * length, 100)
+
+  monkeypatch.setattr(throughput.time, 'perf_counter', lambda: now[0])
+  monkeypatch.setattr(throughput, '_prepare', prepare)
+  monkeypatch.setattr(throughput, 'COMPILERS', 2)
+  model = ModelConfig(vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8)
+  rows = throughput.measure(
+    model, get_config(), tmp_path, lengths=[8, 16, 32], kinds=['train'], budget=5.0
+  )
+  assert [row['length'] for row in rows] == [8, 16]
+
+
 def test_throughput_stops_at_other_errors(monkeypatch, tmp_path):
   def prefill(*args, **kwargs):
     raise jax.errors.JaxRuntimeError('no')

@@ -95,7 +95,8 @@ def largest_error(got, want):
   def error(x, y):
     return np.sqrt(np.mean((x - y) ** 2) / max(np.mean(y**2), 1e-30))
 
-  return max(map(error, jax.tree.leaves(got), jax.tree.leaves(want)))
+  # NaN if there is one, unlike max.
+  return np.max([*map(error, jax.tree.leaves(got), jax.tree.leaves(want))])
 
 
 @functools.cache

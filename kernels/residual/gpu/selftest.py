@@ -164,13 +164,8 @@ def check_step(dtype: str, size: int, *, interpret: bool = False) -> dict[str, f
   for delta, residual in itertools.product((True, False), (True, False)):
     case = Case(delta, residual, dtype, size, size, None, 'decode')
     problem, inputs, cotangents = make_problem(case, 1, 3, B=3, G=2, H=4)
-    run = functools.partial(
-      step.residual_attention_step, update=case.update, clip=problem.clip, readout=problem.readout,
-      interpret=interpret,
-    )  # fmt: skip
-    token = judge.token(inputs)
-    out = jax.jit(run)(*(token.get(name) for name in judge.INPUTS))
-    found = judge.step_shares(problem, out, inputs, cotangents)
+    run = functools.partial(step.residual_attention_step, interpret=interpret)
+    found = judge.check_step(problem, run, inputs, cotangents)
     shares |= {name: max(share, shares.get(name, 0.0)) for name, share in found.items()}
   return shares
 

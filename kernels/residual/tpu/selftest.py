@@ -71,13 +71,8 @@ def _run(call, chunk_size, interpret, inputs, segments, cotangents):
 def check_step(call: Call, seed: int, interpret: bool) -> dict[str, float]:
   """The same for the decode step, which has no gradient: it computes in float32 throughout."""
   inputs, _, cotangents = judge.make_problem(call, seed)
-  step = functools.partial(
-    tpu.residual_attention_step, update=call.update, clip=call.clip, readout=call.readout,
-    interpret=interpret,
-  )  # fmt: skip
-  token = judge.token(inputs)
-  out = jax.jit(step)(*(token.get(name) for name in judge.INPUTS))
-  return judge.step_shares(call, out, inputs, cotangents)
+  step = functools.partial(tpu.residual_attention_step, interpret=interpret)
+  return judge.check_step(call, step, inputs, cotangents)
 
 
 def check_sharded(seed: int, chunk_size: int, interpret: bool) -> dict[str, float]:
