@@ -278,7 +278,7 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
     'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual), 'SCORES': 0,
     'INVERSE': 1, 'QUERY_READ': 0, 'KEY_READ': 7, 'OUT': 2,
-    'PREDICTION': 2 + delta if residual else None,
+    'PREDICTION': 2 + delta if residual else None, 'PREDICTED': False,
   }  # fmt: skip
   kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i8'}
   kinds |= dict.fromkeys(FLOAT32, '*fp32') | dict.fromkeys(SCALARS, 'i32')

@@ -275,39 +275,40 @@ def _sum_heads(dx_BTHK, x_BTGK):
 
 
 def _sweeps(call, do, passes, dbase, dresidual, first, spans):
-  """Gradients of both states after every span, and of what was written to them, of a piece."""
+  """Gradients of both states after every span, of what was written to them, and of the prediction."""
   delta, residual = call.config.delta, call.config.residual
   prepared = call.prepare(first, spans, adjoint=True)
   split = call.split(spans, call.config.blocks.sweep)
   parts = Parts(call, prepared, first, split, adjoint=True) if split > 1 else None
 
-  def sweep(dz, dstate, *places):
-    walk = functools.partial(_sweep, call, do, prepared, passes, first, spans, split, dz)
+  def sweep(dprediction, dstate, *places):
+    predicted = residual and dprediction is None  # the residual state, to which the base one leads
+    walk = functools.partial(
+      _sweep, call, do, prepared, passes, first, spans, split, dprediction, predicted
+    )
     if parts is None:
       return walk(dstate, *places, store=True)
     edge = parts.at_edge(dstate)
     *_, ends = walk(edge, *places, store=False)
-    dstates, dwritten, dstate = walk(
-      parts.combine(edge, ends, int(dz is None and residual)), *places, store=True
-    )
-    return dstates, dwritten, dstate[:, :, 0]
+    *found, dstate = walk(parts.combine(edge, ends, int(predicted)), *places, store=True)
+    return *found, dstate[:, :, 0]
 
   # Places of scores, inverse and prediction as `matrices` orders them, then rows of the gates.
-  residual_dstates = dz = None
+  residual_dstates = dz = dprediction = None
   if residual:
-    residual_dstates, dz, dresidual = sweep(
+    residual_dstates, dz, dprediction, dresidual = sweep(
       None, dresidual, 1 + delta, 4, None,
       RESIDUAL_READ.value, RESIDUAL_READ.value, RESIDUAL_OUT.value,
     )  # fmt: skip
-  dstates, dy, dbase = sweep(
-    dz, dbase, 0, 1, 2 + delta, BASE_IN.value, BASE_READ.value, BASE_OUT.value
+  dstates, dy, _, dbase = sweep(
+    dprediction, dbase, 0, 1, 2 + delta, BASE_IN.value, BASE_READ.value, BASE_OUT.value
   )
-  return (dstates, residual_dstates), (dy, dz), dbase, dresidual
+  return (dstates, residual_dstates), (dy, dz, dprediction), dbase, dresidual
 
 
 def _sweep(
-  call, do, prepared, passes, first, spans, split,
-  dz, dstate, scores, inverse, prediction, query_read, key_read, out, *, store,
+  call, do, prepared, passes, first, spans, split, dprediction, predicted,
+  dstate, scores, inverse, prediction, query_read, key_read, out, *, store,
 ):  # fmt: skip
   config, block = call.config, call.config.blocks.sweep
   C, span = config.blocks.chunk, config.blocks.span
@@ -316,11 +317,12 @@ def _sweep(
   dwritten = (call.B, spans * span * C, call.H, call.V)
   return call.launch(
     sweep_kernel,
-    *(call.q, call.k, do, squares, gates, do if dz is None else dz),
+    *(call.q, call.k, do, squares, gates, do if dprediction is None else dprediction),
     *(do if passes is None else passes, dstate, call.T, first * span, spans * span),
     out_shape=(
       _array(states if store else (1,), do.dtype),
       _array(dwritten if store else (1,), do.dtype),
+      _array(dwritten if store and predicted else (1,), do.dtype),
       _array(dstate.shape, jnp.float32),
     ),
     programs=call.walk(block, split),
@@ -331,7 +333,8 @@ def _sweep(
     MATRICES=squares.shape[3],
     SCORES=scores,
     INVERSE=inverse,
-    PREDICTION=None if dz is None else prediction,
+    PREDICTION=None if dprediction is None else prediction,
+    PREDICTED=predicted,
     QUERY_READ=query_read,
     KEY_READ=key_read,
     OUT=out,
@@ -339,7 +342,7 @@ def _sweep(
 
 
 def _gradients(call, do, saved, dstates, dwritten, before, first, spans):
-  states, residual_states, base_error, residual_error, passes = saved
+  states, residual_states, base_error, residual_error, _ = saved
   config = call.config
   # Without a delta rule the written value is v.
   base_error = call.v if base_error is None else base_error
@@ -351,8 +354,7 @@ def _gradients(call, do, saved, dstates, dwritten, before, first, spans):
 
   arrays = (
     *(call.q, call.k, *call.gates, call.segments, do, base_error),
-    *(stand_in(x) for x in (residual_error, passes)),
-    *(stand_in(x) for x in (states, residual_states, *dstates, *dwritten)),
+    *(stand_in(x) for x in (residual_error, states, residual_states, *dstates, *dwritten)),
   )
   place = len(arrays)
   dq, dk, dv, dlog_decay, dbeta, dgamma = call.launch(

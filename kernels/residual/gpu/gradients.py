@@ -8,25 +8,13 @@ from rla_jax.kernels.residual.gpu.tiles import (
   decay_between,
   decay_in,
   decay_out,
+  fresh,
   load_columns,
+  load_decays,
   load_tile,
   scaled,
   store_tile,
 )
-
-
-@triton.jit
-def _through_clip(
-  dz_ptr, passes_ptr, gamma, rows, columns, first, row_seen, V: tl.constexpr, CLIP: tl.constexpr,
-  EVEN: tl.constexpr,
-):  # fmt: skip
-  """dD, the gradient of the residual before the clip, of a tile."""
-  dD = load_columns(dz_ptr, rows, columns, first, row_seen, V, EVEN).to(tl.float32)
-  dD *= gamma[:, None]
-  if CLIP is not None:
-    passes = load_columns(passes_ptr, rows, columns, first, row_seen, V, EVEN)
-    dD = tl.where(passes != 0, dD, 0.0)
-  return dD
 
 
 @triton.jit
@@ -40,13 +28,13 @@ def gradients_kernel(
   do_ptr,
   base_error_ptr,
   residual_error_ptr,
-  passes_ptr,
   states_ptr,
   residual_states_ptr,
   dstates_ptr,
   residual_dstates_ptr,
   dy_ptr,
   dz_ptr,
+  dprediction_ptr,
   dq_before_ptr,
   dk_before_ptr,
   dv_before_ptr,
@@ -68,7 +56,6 @@ def gradients_kernel(
   BLOCK_V: tl.constexpr,
   DELTA: tl.constexpr,
   RESIDUAL: tl.constexpr,
-  CLIP: tl.constexpr,
   SEGMENTED: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
@@ -93,8 +80,7 @@ def gradients_kernel(
   i = tl.arange(0, C)
   a = tl.arange(0, BLOCK_K)
   e = tl.arange(0, BLOCK_V)
-  tokens = start + i
-  is_token = tokens < T
+  is_token = start + i < T
   is_key = a < K
   value_rows = i * (H * V)
   values = ((row + start) * H + head) * V
@@ -102,36 +88,43 @@ def gradients_kernel(
   do_ptr += values
   base_error_ptr += values
   residual_error_ptr += values
+  dv_ptr += values
   dy_ptr += piece_values
   dz_ptr += piece_values
-  passes_ptr += values
+  dprediction_ptr += piece_values
   state = (pair * total_chunks + first_chunk + n) * (K * V)
   states_ptr += state
   residual_states_ptr += state
   dstate = (pair * chunks + n) * (K * V)
   dstates_ptr += dstate
   residual_dstates_ptr += dstate
-
   keys = ((row + start) * G + head // (H // G)) * K
+  q_ptr += keys
+  k_ptr += keys
+  beta_ptr += (row + start) * H + head
+  gamma_ptr += (row + start) * H + head
+  out_keys = ((row + start) * H + head) * K
+  dq_ptr += out_keys
+  dk_ptr += out_keys
+  out_gates = (batch * chunks + n) * C * H + head
+
   key_seen = is_token[:, None] & is_key[None, :]
   key_offsets = i[:, None] * (G * K) + a[None, :]
-  q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
-  k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
-  gate_offsets = (row + tokens) * H + head
-  out_offsets = ((batch * chunks + n) * C + i) * H + head
-  beta = tl.load(beta_ptr + gate_offsets, mask=is_token, other=0.0)
-  cumulative, before, era, era_before, is_reset = chunk_decays(
-    log_decay_ptr, segments_ptr, batch, head, start, T, H, C, SEGMENTED
-  )
+  dq_offsets = i[:, None] * (H * K) + a[None, :]
+  q = load_tile(q_ptr + key_offsets, key_seen, EVEN)
+  k = load_tile(k_ptr + key_offsets, key_seen, EVEN)
+  decays = load_decays(log_decay_ptr, segments_ptr, batch, head, start, T, i, H, SEGMENTED)
+  beta = tl.load(beta_ptr + i * H, mask=is_token, other=0.0)
   if RESIDUAL:
-    gamma = tl.load(gamma_ptr + gate_offsets, mask=is_token, other=0.0)
+    gamma = tl.load(gamma_ptr + i * H, mask=is_token, other=0.0)
+  cumulative, before, era, era_before, is_reset = chunk_decays(*decays, SEGMENTED)
   is_diagonal = i[:, None] == i[None, :]
 
   # Inside the chunk, queries on keys. Tiles are loaded again where they are needed again: held
   # in registers they would not leave room for the products.
   dscores = tl.zeros([C, C], tl.float32)
   do_W = tl.zeros([C, C], tl.float32)
-  for tile in tl.range(tiles, num_stages=STAGES):
+  for tile in tl.range(tiles, num_stages=STAGES + 2):
     do = load_columns(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     F = load_columns(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dscores = tl.dot(do, tl.trans(F), dscores, input_precision=PRECISION)
@@ -153,9 +146,9 @@ def gradients_kernel(
   from_start = decay_in(cumulative, era)
   # dq: what the queries saw of the states. These enter as they are stored, [V, K].
   acc = tl.zeros([C, BLOCK_K], tl.float32)
-  q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
+  q = load_tile(q_ptr + key_offsets, key_seen, EVEN)
   if RESIDUAL:
-    for tile in tl.range(tiles, num_stages=STAGES):
+    for tile in tl.range(tiles, num_stages=STAGES + 2):
       do = load_columns(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       state_rows = (tile * BLOCK_V + e) * K
       is_value = tile * BLOCK_V + e < V
@@ -163,7 +156,7 @@ def gradients_kernel(
       acc = tl.dot(do, R, acc, input_precision=PRECISION)
     dgamma += from_start * tl.sum(q.to(tl.float32) * acc, 1)
     acc *= gamma[:, None]
-  for tile in tl.range(tiles, num_stages=STAGES):
+  for tile in tl.range(tiles, num_stages=STAGES + 2):
     do = load_columns(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     state_rows = (tile * BLOCK_V + e) * K
     is_value = tile * BLOCK_V + e < V
@@ -171,17 +164,22 @@ def gradients_kernel(
     acc = tl.dot(do, S, acc, input_precision=PRECISION)
   acc *= from_start[:, None]
   dG += tl.sum(q.to(tl.float32) * acc, 1)
-  k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
+  k = load_tile(k_ptr + key_offsets, key_seen, EVEN)
   acc = tl.dot(dscores_low, k, acc, input_precision=PRECISION)
   if DELTA and dtype != tl.float32:
     rest = (dscores - dscores_low.to(tl.float32)).to(dtype)
     acc = tl.dot(rest, k, acc, input_precision=PRECISION)
-  dq_offsets = (row + start) * (H * K) + head * K + i[:, None] * (H * K) + a[None, :]
   store_tile(dq_ptr + dq_offsets, acc.to(dtype), key_seen, EVEN)
 
-  # Keys on keys. dv falls out on the way.
+  # Keys on keys. dv falls out on the way. Gates are read again rather than kept: what is kept
+  # over a phase is spilled, right behind its load, which nothing then can hide.
+  if RESIDUAL:
+    t = fresh(i, T)
+    decays = load_decays(log_decay_ptr, segments_ptr, batch, head, start, T, t, H, SEGMENTED)
+    beta = tl.load(beta_ptr + t * H, mask=start + t < T, other=0.0)
+    gamma = tl.load(gamma_ptr + t * H, mask=start + t < T, other=0.0)
   dgram = tl.zeros([C, C], tl.float32)
-  dD_F = tl.zeros([C, C], tl.float32)
+  dp_F = tl.zeros([C, C], tl.float32)
   dz_F = tl.zeros([C, C], tl.float32)
   for tile in tl.range(tiles, num_stages=STAGES):
     F = load_columns(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
@@ -189,58 +187,55 @@ def gradients_kernel(
     dgram = tl.dot(dy, tl.trans(F), dgram, input_precision=PRECISION)
     dv = beta[:, None] * dy.to(tl.float32)
     if RESIDUAL:
-      dD = _through_clip(
-        dz_ptr, passes_ptr, gamma, value_rows, e, tile * BLOCK_V, is_token, V, CLIP, EVEN
-      )
-      dD_F = tl.dot(dD.to(dtype), tl.trans(F), dD_F, input_precision=PRECISION)
-      dv += dD
+      dp = load_columns(dprediction_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      dp_F = tl.dot(dp, tl.trans(F), dp_F, input_precision=PRECISION)
+      dv -= dp.to(tl.float32)
       dz = load_columns(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       F = load_columns(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       dz_F = tl.dot(dz, tl.trans(F), dz_F, input_precision=PRECISION)
     columns = tile * BLOCK_V + e
     store_tile(
-      dv_ptr + values + value_rows[:, None] + columns[None, :],
+      dv_ptr + value_rows[:, None] + columns[None, :],
       dv.to(dtype),
       is_token[:, None] & (columns < V)[None, :],
       EVEN,
     )
+  out_offsets = out_gates + fresh(i, T) * H
   tl.store(dbeta_ptr + out_offsets, tl.sum(tl.where(is_diagonal, dgram, 0.0), 1))
-  if DELTA or RESIDUAL:
-    gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-  if DELTA:
-    dgram *= beta[:, None] * beta[None, :]
   if RESIDUAL:
     dgamma += tl.sum(tl.where(is_diagonal, dz_F, 0.0), 1)
     tl.store(dgamma_ptr + out_offsets, dgamma)
-    if DELTA:
-      dgram += gamma[:, None] * dz_F * gamma[None, :]
+    cumulative, before, era, era_before, is_reset = chunk_decays(*decays, SEGMENTED)
+  if DELTA or RESIDUAL:
+    k = load_tile(k_ptr + key_offsets, key_seen, EVEN)
+    gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
   if DELTA:
-    L = decay_between(cumulative, era, cumulative, era, False, C)
-    dgram = -dgram * L
-    flow = dgram * gram
-    dG += tl.sum(flow, 1) - tl.sum(flow, 0)
+    dgram *= beta[:, None] * beta[None, :]
+    if RESIDUAL:
+      dgram += gamma[:, None] * dz_F * gamma[None, :]
+    dgram = -dgram * decay_between(cumulative, era, cumulative, era, False, C)
+    dG += tl.sum(dgram * gram, 1)
   if RESIDUAL:
     Lx = decay_between(before, era_before, cumulative, era, False, C)
-    dD_F = -dD_F * beta[None, :] * Lx
-    flow = dD_F * gram
-    dGx = tl.sum(flow, 1)
-    dG -= tl.sum(flow, 0)
-    dgram = dgram + dD_F if DELTA else dD_F
+    dp_F *= beta[None, :] * Lx
+    dGx = tl.sum(dp_F * gram, 1)
+    dgram = dgram + dp_F if DELTA else dp_F
+  if DELTA or RESIDUAL:
+    dG -= tl.sum(dgram * gram, 0)
   dgram_low = dgram.to(dtype)
 
   # dk: what the keys saw of the states as readers (dX, dY), then as writers (U, W).
   acc = tl.zeros([C, BLOCK_K], tl.float32)
-  k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
+  k = load_tile(k_ptr + key_offsets, key_seen, EVEN)
   if RESIDUAL:
+    from_start = decay_in(cumulative, era)
     decay_before = decay_in(before, era_before)
-    for tile in tl.range(tiles, num_stages=STAGES):
-      dD = _through_clip(
-        dz_ptr, passes_ptr, gamma, value_rows, e, tile * BLOCK_V, is_token, V, CLIP, EVEN
-      )
+    for tile in tl.range(tiles, num_stages=STAGES + 2):
+      dp = load_columns(dprediction_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       state_rows = (tile * BLOCK_V + e) * K
       is_value = tile * BLOCK_V + e < V
       S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
-      acc = tl.dot((-decay_before[:, None] * dD).to(dtype), S, acc, input_precision=PRECISION)
+      acc = tl.dot(scaled(decay_before, dp), S, acc, input_precision=PRECISION)
     before_read = tl.sum(k.to(tl.float32) * acc, 1)
     dGx += before_read
     dG -= before_read

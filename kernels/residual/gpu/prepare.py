@@ -23,6 +23,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   decay_between,
   decay_in,
   decay_out,
+  load_decays,
   parts_dot,
   unit_lower_inverse,
 )
@@ -82,21 +83,24 @@ def prepare_kernel(
   keys = ((row + start) * G + head // (H // G)) * K
   offsets = i[:, None] * (G * K) + columns[None, :]
   seen = (tokens < T)[:, None] & (columns < K)[None, :]
-  gate_offsets = (row + tokens) * H + head
   dtype = matrices_ptr.dtype.element_ty
   COUNT: tl.constexpr = 1 + DELTA + 2 * RESIDUAL + (DELTA and RESIDUAL)
   out = matrices_ptr + chunk * (COUNT * C * C) + i[:, None] * C + i[None, :]
-  cumulative, before, era, era_before, _ = chunk_decays(
-    log_decay_ptr, segments_ptr, batch, head, start, T, H, C, SEGMENTED
-  )
+  # All loads first, so that they are waited for once.
+  decays = load_decays(log_decay_ptr, segments_ptr, batch, head, start, T, i, H, SEGMENTED)
+  k = tl.load(k_ptr + keys + offsets, mask=seen, other=0.0)
+  q = tl.load(q_ptr + keys + offsets, mask=seen, other=0.0)
+  first_gate = (row + start) * H + head
+  beta = tl.load(beta_ptr + first_gate + i * H, mask=tokens < T, other=0.0)
+  if RESIDUAL:
+    gamma = tl.load(gamma_ptr + first_gate + i * H, mask=tokens < T, other=0.0)
+  cumulative, before, era, era_before, _ = chunk_decays(*decays, SEGMENTED)
   is_diagonal = i[:, None] == i[None, :]
   L = decay_between(cumulative, era, cumulative, era, True, C)
-  k = tl.load(k_ptr + keys + offsets, mask=seen, other=0.0)
   if DELTA or RESIDUAL:
     gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
 
   if part == PARTS - 1:
-    beta = tl.load(beta_ptr + gate_offsets, mask=tokens < T, other=0.0)
     from_start = decay_in(cumulative, era)
     to_end = decay_out(cumulative, era, C)
     gates = gates_ptr + chunk * (ROWS * C) + i
@@ -104,21 +108,19 @@ def prepare_kernel(
     tl.store(gates + BASE_OUT * C, to_end if ADJOINT else to_end * beta)
     tl.store(gates + BASE_READ * C, from_start * beta)
     if RESIDUAL:
-      gamma = tl.load(gamma_ptr + gate_offsets, mask=tokens < T, other=0.0)
       tl.store(gates + BASE_BEFORE * C, decay_in(before, era_before))
       tl.store(gates + RESIDUAL_IN * C, from_start)
       tl.store(gates + RESIDUAL_READ * C, from_start * gamma)
       tl.store(gates + RESIDUAL_OUT * C, to_end if ADJOINT else to_end * gamma)
       tl.store(gates + GAMMA * C, gamma)
 
-  q = tl.load(q_ptr + keys + offsets, mask=seen, other=0.0)
   scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * L
   if DELTA:
     # The first part takes the base state, the last the residual one.
     is_base = (not RESIDUAL) or part == 0
-    gate_ptr = beta_ptr if is_base else gamma_ptr
-    gate = tl.load(gate_ptr + gate_offsets, mask=tokens < T, other=0.0)
+    gate = beta
     if RESIDUAL:
+      gate = tl.where(is_base, beta, gamma)
       # The base read-out of the residual form leaves out the current token.
       scores = tl.where(is_diagonal, 0.0, scores) if is_base else gate[:, None] * scores
       prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
@@ -133,11 +135,9 @@ def prepare_kernel(
     scores = parts_dot(scores, through, SOLVE)
     tl.store(out + (0 if is_base else 2 * C * C), scores.to(dtype))
   else:
-    beta = tl.load(beta_ptr + gate_offsets, mask=tokens < T, other=0.0)
     base_scores = tl.where(is_diagonal, 0.0, scores) if RESIDUAL else scores
     tl.store(out, (base_scores if ADJOINT else base_scores * beta[None, :]).to(dtype))
     if RESIDUAL:
-      gamma = tl.load(gamma_ptr + gate_offsets, mask=tokens < T, other=0.0)
       scores = gamma[:, None] * scores
       tl.store(out + C * C, (scores if ADJOINT else scores * gamma[None, :]).to(dtype))
       prediction = decay_between(before, era_before, cumulative, era, False, C) * gram

@@ -2,8 +2,8 @@
 
 Called for the residual state, whose gradient the outputs alone decide, and then for the base state,
 which is read by the residuals too. Only what the next chunk waits for is computed here: the adjoint
-from dW to dR0, and from dU to dS0. What it learns (dR1 and dz, dS1 and dy) is stored for
-`gradients`, which is parallel over chunks. Transposed like `forward`.
+from dW to dR0, and from dU to dS0. What it learns (dR1, dz and the prediction's gradient dp, dS1 and
+dy) is stored for `gradients`, which is parallel over chunks. Transposed like `forward`.
 """
 
 import triton
@@ -24,13 +24,23 @@ ROWS = tl.constexpr(GATES)
 
 
 @triton.jit
+def _passes(
+  passes_ptr, row, head, start, T, i, columns, H: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+  """Where the residuals of a chunk pass the clip: a tile of columns of the tokens from start on."""
+  seen = (start + i < T)[:, None] & (columns < V)[None, :]
+  passes_ptr += ((row + start) * H + head) * V
+  return load_tile(passes_ptr + i[:, None] * (H * V) + columns[None, :], seen, EVEN)
+
+
+@triton.jit
 def sweep_kernel(
   q_ptr,
   k_ptr,
   do_ptr,
   matrices_ptr,
   gates_ptr,
-  dz_ptr,
+  dprediction_ptr,
   passes_ptr,
   dstate_in_ptr,
   T,
@@ -38,6 +48,7 @@ def sweep_kernel(
   chunks,
   dstates_ptr,
   dy_ptr,
+  dprediction_out_ptr,
   dstate_ptr,
   H: tl.constexpr,
   G: tl.constexpr,
@@ -55,6 +66,7 @@ def sweep_kernel(
   QUERY_READ: tl.constexpr,
   KEY_READ: tl.constexpr,
   OUT: tl.constexpr,
+  PREDICTED: tl.constexpr,
   DELTA: tl.constexpr,
   CLIP: tl.constexpr,
   STORE: tl.constexpr,
@@ -67,7 +79,8 @@ def sweep_kernel(
   keeps the state gradients after every SPAN-th chunk, and those of what was written; without it
   only the last gradient is wanted, of all parts but the first. SCORES, INVERSE and PREDICTION say
   which of the chunk's MATRICES is which; PREDICTION is None where no residual is made from this
-  state. QUERY_READ, KEY_READ and OUT are rows of the gates.
+  state. QUERY_READ, KEY_READ and OUT are rows of the gates. PREDICTED: this is the residual state,
+  whose sweep knows the gradient of the prediction, -gamma dz where the residual passes the clip.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   sequence = tl.program_id(0) // TILES
@@ -96,6 +109,16 @@ def sweep_kernel(
   dS = load_tile(dstate_in_ptr + state + state_offsets, state_seen, EVEN)
   dtype = do_ptr.dtype.element_ty
 
+  # What only scales a product is not prefetched by the pipeline: it is asked for a chunk ahead.
+  gates = gates_ptr + (pair * chunks + last - 1) * (ROWS * C)
+  decay_all = tl.load(gates + BASE_IN * C + C - 1)
+  to_end = tl.load(gates + OUT * C + i)
+  read = tl.load(gates + QUERY_READ * C + i)
+  if PREDICTED and STORE and CLIP is not None:
+    passes = _passes(
+      passes_ptr, row, head, (first_chunk + last - 1) * C, T, i, first_value + e, H, V, EVEN
+    )
+
   for step in range(last - first):
     n = last - 1 - step
     start = (first_chunk + n) * C
@@ -111,41 +134,51 @@ def sweep_kernel(
     k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
     square = matrices_ptr + chunk * (MATRICES * C * C) + square_offsets
     gates = gates_ptr + chunk * (ROWS * C)
-    # A scalar is not prefetched by the pipeline: asked for here, it is there when it is needed.
-    decay_all = tl.load(gates + BASE_IN * C + C - 1)
+    n_ahead = tl.maximum(n - 1, first)
+    ahead = gates_ptr + (pair * chunks + n_ahead) * (ROWS * C)
     dS_low = dS.to(dtype)
     if STORE:
       if n % SPAN == SPAN - 1:
         saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * (K * V) + first_value * K
         store_tile(saved + saved_offsets, dS_low, state_seen, EVEN)
-
+    if PREDICTED and STORE:
+      gamma = tl.load(gates + GAMMA * C + i)
     if PREDICTION is not None:
-      dz = tl.trans(load_tile(dz_ptr + piece_values + value_offsets, value_seen, EVEN))
-      dD = tl.load(gates + GAMMA * C + i)[None, :] * dz.to(tl.float32)
-      if CLIP is not None:
-        passes = tl.trans(load_tile(passes_ptr + values + value_offsets, value_seen, EVEN))
-        dD = tl.where(passes != 0, dD, 0.0)
-    dy = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
-    dy *= tl.load(gates + OUT * C + i)[None, :]
+      before = tl.load(gates + BASE_BEFORE * C + i)
+      dp = tl.trans(load_tile(dprediction_ptr + piece_values + value_offsets, value_seen, EVEN))
+    dy = to_end[None, :] * tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
+    to_end = tl.load(ahead + OUT * C + i)
     if DELTA:
+      key_read = tl.load(gates + KEY_READ * C + i)
       inverse = tl.load(square + INVERSE * C * C)
       dy = tl.dot(dy.to(dtype), inverse, input_precision=PRECISION)
     dy = tl.dot(do, tl.load(square + SCORES * C * C), dy, input_precision=PRECISION)
     if PREDICTION is not None:
       prediction = tl.load(square + PREDICTION * C * C)
-      dy = tl.dot((-dD).to(dtype), prediction, dy, input_precision=PRECISION)
+      dy = tl.dot(dp, prediction, dy, input_precision=PRECISION)
     if STORE:
       store_tile(dy_ptr + piece_values + value_offsets, tl.trans(dy.to(dtype)), value_seen, EVEN)
-    read = tl.load(gates + QUERY_READ * C + i)[None, :] * do.to(tl.float32)
-    dS = tl.dot(read.to(dtype), q, decay_all * dS, input_precision=PRECISION)
+    dq_read = (read[None, :] * do.to(tl.float32)).to(dtype)
+    read = tl.load(ahead + QUERY_READ * C + i)
+    dS = tl.dot(dq_read, q, decay_all * dS, input_precision=PRECISION)
+    decay_all = tl.load(ahead + BASE_IN * C + C - 1)
     if DELTA:
-      dX = tl.load(gates + KEY_READ * C + i)[None, :] * dy
+      dX = -key_read[None, :] * dy
       if PREDICTION is not None:
-        dX += tl.load(gates + BASE_BEFORE * C + i)[None, :] * dD
-      dS = tl.dot((-dX).to(dtype), k, dS, input_precision=PRECISION)
+        dX += before[None, :] * dp.to(tl.float32)
+      dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
     elif PREDICTION is not None:
-      dX = tl.load(gates + BASE_BEFORE * C + i)[None, :] * dD
-      dS = tl.dot((-dX).to(dtype), k, dS, input_precision=PRECISION)
+      dX = before[None, :] * dp.to(tl.float32)
+      dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
+    # Behind what the next chunk waits for.
+    if PREDICTED and STORE:
+      dp = tl.trans((-gamma[None, :] * dy).to(dtype))
+      if CLIP is not None:
+        dp = tl.where(passes != 0, dp, 0.0)
+        passes = _passes(
+          passes_ptr, row, head, (first_chunk + n_ahead) * C, T, i, first_value + e, H, V, EVEN
+        )
+      store_tile(dprediction_out_ptr + piece_values + value_offsets, dp, value_seen, EVEN)
 
   # Offsets of their own: those of the loads would stay in registers throughout the loop.
   state_offsets = fresh(a, chunks)[:, None] * V + e[None, :]

@@ -72,36 +72,35 @@ def scaled(gate, tile):
 
 
 @triton.jit
-def chunk_decays(
-  log_decay_ptr,
-  segments_ptr,
-  batch,
-  head,
-  start,
-  T,
-  H: tl.constexpr,
-  C: tl.constexpr,
-  SEGMENTED: tl.constexpr,
-):
-  """Cumulative log2 decays of a chunk that starts at token `start`.
+def load_decays(
+  log_decay_ptr, segments_ptr, batch, head, start, T, i, H: tl.constexpr, SEGMENTED: tl.constexpr
+):  # fmt: skip
+  """Log decays of tokens start + i of a head, and 1 where a new segment begins."""
+  first = batch * T + start
+  log_decay = tl.load(log_decay_ptr + (first * H + head) + i * H, mask=start + i < T, other=0.0)
+  is_new = tl.zeros_like(i)
+  if SEGMENTED:
+    segments_ptr += batch * T
+    tokens = tl.minimum(start + i, T)
+    segment = tl.load(segments_ptr + tl.minimum(tokens, T - 1))
+    before = tl.load(segments_ptr + tl.maximum(tokens - 1, 0))
+    is_new = (segment != before).to(tl.int32)
+  return log_decay, is_new
+
+
+@triton.jit
+def chunk_decays(log_decay, is_new, SEGMENTED: tl.constexpr):
+  """Cumulative log2 decays of a chunk from what `load_decays` returned.
 
   Returns (G, Gx, era, erax, is_reset): the sum through token i and before it, and the number of
   resets, by a decay of zero or by a new segment, that the state and the prediction have seen.
   Two tokens see each other only in the same era.
   """
-  tokens = start + tl.arange(0, C)
-  row = batch * T
-  log_decay = tl.load(
-    log_decay_ptr + (row + tokens) * H + head, mask=tokens < T, other=0.0
-  )
   is_reset = log_decay < RESET
   log_decay = tl.where(is_reset, 0.0, log_decay) * LOG2_E
   G = tl.cumsum(log_decay, 0)
   resets = is_reset.to(tl.int32)
   if SEGMENTED:
-    segment = tl.load(segments_ptr + row + tl.minimum(tokens, T - 1))
-    before = tl.load(segments_ptr + row + tl.maximum(tl.minimum(tokens, T) - 1, 0))
-    is_new = (segment != before).to(tl.int32)
     resets = resets * (1 - is_new)
     era = tl.cumsum(resets + is_new, 0)
   else:
@@ -126,11 +125,17 @@ def decay_out(G, era, C: tl.constexpr):
 
 @triton.jit
 def decay_between(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl.constexpr):
-  """exp(G_i - G_j) for i >= j (or i > j) of one era, else 0: the matrices L and Lx."""
-  i = tl.arange(0, C)
-  seen = i[:, None] >= i[None, :] if INCLUSIVE else i[:, None] > i[None, :]
-  seen = seen & (era_to[:, None] == era_from[None, :])
-  return tl.exp2(tl.where(seen, G_to[:, None] - G_from[None, :], float('-inf')))
+  """exp(G_i - G_j) for i >= j (or i > j) of one era, else 0: the matrices L and Lx.
+
+  What is not seen is pushed below every exponent by sums: comparisons of all pairs would be kept
+  for each other, bit by bit. Eras never fall, and logs are above -64 C log2(e) > -FAR.
+  """
+  FAR: tl.constexpr = 16384.0
+  place = tl.arange(0, C).to(tl.float32) * FAR
+  reach = place if INCLUSIVE else place - FAR
+  era_to, era_from = era_to.to(tl.float32) * FAR, era_from.to(tl.float32) * FAR
+  far = tl.minimum(reach[:, None] - place[None, :], era_from[None, :] - era_to[:, None])
+  return tl.exp2((G_to[:, None] - G_from[None, :]) + far)
 
 
 @triton.jit
