@@ -98,8 +98,7 @@ def heuristic(
     span=2,
     prepare=Kernel(0, 4 if large else 1, 1),
     forward=forward,
-    # Deep with the delta rule alone, it would spill on sm_80.
-    sweep=deep if residual or not delta else loop,
+    sweep=deep,
     gradients=Kernel(16, 4, 2) if large else gradients,
     pieces=pieces,
   )

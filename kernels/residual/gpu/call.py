@@ -37,8 +37,9 @@ SAVED_NAME = 'residual_attention_saved'
 # Dimensions of what the kernels read and write, for the partitioning rule.
 INPUTS = ('BTGK', 'BTGK', 'BTHV', 'BTH', 'BTH', 'BTH', 'BHKV', 'BHKV', 'BT')
 OUTPUTS = ('BTHV', 'BHKV', 'BHKV')
-# States before every span of chunks, errors of both states, where the residual passes the clip.
-SAVED = ('BHNVK', 'BHNVK', 'BTHV', 'BTHV', 'BTHV')
+# States before every span of chunks, errors of both states, where the residual passes the clip: a
+# bit a token, in words of 32 for every chunk and value.
+SAVED = ('BHNVK', 'BHNVK', 'BTHV', 'BTHV', 'BHCWV')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,10 +204,12 @@ def _walk(call, prepared, split, base, residual, *, output, save):
   keep_residual = save and has_residual
   keep_passes = keep_residual and config.clip is not None
   states, nothing = (call.B, call.H, call.spans, call.V, call.K), (1,)
+  chunks = call.spans * config.blocks.span
+  words = (call.B, call.H, chunks, -(-config.blocks.chunk // 32), call.V)
   o, base_out, residual_out, *saved = call.launch(
     forward_kernel,
     *(call.q, call.k, v, squares, gates, base, residual if has_residual else base),
-    *(call.T, call.spans * config.blocks.span),
+    *(call.T, chunks),
     out_shape=(
       _array(v.shape if output else nothing, v.dtype),
       _array(base.shape, jnp.float32),
@@ -215,7 +218,7 @@ def _walk(call, prepared, split, base, residual, *, output, save):
       _array(states if keep_residual else nothing, v.dtype),
       _array(v.shape if keep_base_error else nothing, v.dtype),
       _array(v.shape if keep_residual else nothing, v.dtype),
-      _array(v.shape if keep_passes else nothing, jnp.int8),
+      _array(words if keep_passes else nothing, jnp.int32),
     ),
     programs=call.walk(block, split),
     block=block,

@@ -19,6 +19,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   fresh,
   load_tile,
   part_chunks,
+  store_bits,
   store_tile,
 )
 
@@ -72,6 +73,7 @@ def forward_kernel(
   SAVE: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
+  STAGES: tl.constexpr,
 ):
   """Grid (B * H * SPLIT * value tiles,). Letters as in the chunk form: F = U / b, or W / g.
 
@@ -80,6 +82,7 @@ def forward_kernel(
   OUTPUT only final states are wanted, of all parts but the last.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+  WORDS: tl.constexpr = (C + 31) // 32
   sequence = tl.program_id(0) // TILES
   first = 0
   last = chunks
@@ -113,7 +116,9 @@ def forward_kernel(
     if SAVE:
       store_tile(residual_states_ptr + saved, R.to(dtype), state_seen, EVEN)
 
-  for n in range(first, last):
+  # Told its stages, the loop prefetches all loads, not only those of products. For the addresses of
+  # those the residual delta rule has no registers left while it saves.
+  for n in tl.range(first, last, num_stages=None if DELTA and RESIDUAL and SAVE else STAGES):
     start = n * C
     t = fresh(i, n) if RESIDUAL else i  # one state leaves registers enough
     key_offsets = t[:, None] * (G * K) + a[None, :]
@@ -157,8 +162,9 @@ def forward_kernel(
       r = v - decay_before * X - tl.dot(y, prediction, input_precision=PRECISION)
       if CLIP is not None:
         if SAVE:
-          passes = (tl.abs(r) < CLIP).to(tl.int8)
-          store_tile(passes_ptr + values + value_offsets, tl.trans(passes), value_seen, EVEN)
+          passes = (tl.abs(r) < CLIP).to(tl.int32)
+          words = passes_ptr + chunk * (WORDS * V) + first_value
+          store_bits(words, e, is_value, passes, V, C)
         r = tl.minimum(tl.maximum(r, -CLIP), CLIP)
     o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     write = tl.load(gates + BASE_OUT * C + i)[None, :] * F

@@ -15,22 +15,13 @@ from rla_jax.kernels.residual.gpu.tiles import (
   GAMMA,
   GATES,
   fresh,
+  load_bits,
   load_tile,
   part_chunks,
   store_tile,
 )
 
 ROWS = tl.constexpr(GATES)
-
-
-@triton.jit
-def _passes(
-  passes_ptr, row, head, start, T, i, columns, H: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-  """Where the residuals of a chunk pass the clip: a tile of columns of the tokens from start on."""
-  seen = (start + i < T)[:, None] & (columns < V)[None, :]
-  passes_ptr += ((row + start) * H + head) * V
-  return load_tile(passes_ptr + i[:, None] * (H * V) + columns[None, :], seen, EVEN)
 
 
 @triton.jit
@@ -70,6 +61,7 @@ def sweep_kernel(
   DELTA: tl.constexpr,
   CLIP: tl.constexpr,
   STORE: tl.constexpr,
+  STAGES: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
@@ -83,6 +75,7 @@ def sweep_kernel(
   whose sweep knows the gradient of the prediction, -gamma dz where the residual passes the clip.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+  WORDS: tl.constexpr = (C + 31) // 32
   sequence = tl.program_id(0) // TILES
   first = 0
   last = chunks
@@ -109,17 +102,8 @@ def sweep_kernel(
   dS = load_tile(dstate_in_ptr + state + state_offsets, state_seen, EVEN)
   dtype = do_ptr.dtype.element_ty
 
-  # What only scales a product is not prefetched by the pipeline: it is asked for a chunk ahead.
-  gates = gates_ptr + (pair * chunks + last - 1) * (ROWS * C)
-  decay_all = tl.load(gates + BASE_IN * C + C - 1)
-  to_end = tl.load(gates + OUT * C + i)
-  read = tl.load(gates + QUERY_READ * C + i)
-  if PREDICTED and STORE and CLIP is not None:
-    passes = _passes(
-      passes_ptr, row, head, (first_chunk + last - 1) * C, T, i, first_value + e, H, V, EVEN
-    )
-
-  for step in range(last - first):
+  # Told its stages, the loop prefetches all loads, not only those of products.
+  for step in tl.range(last - first, num_stages=STAGES):
     n = last - 1 - step
     start = (first_chunk + n) * C
     values = ((row + start) * H + head) * V + first_value
@@ -134,22 +118,21 @@ def sweep_kernel(
     k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
     square = matrices_ptr + chunk * (MATRICES * C * C) + square_offsets
     gates = gates_ptr + chunk * (ROWS * C)
-    n_ahead = tl.maximum(n - 1, first)
-    ahead = gates_ptr + (pair * chunks + n_ahead) * (ROWS * C)
     dS_low = dS.to(dtype)
     if STORE:
       if n % SPAN == SPAN - 1:
         saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * (K * V) + first_value * K
         store_tile(saved + saved_offsets, dS_low, state_seen, EVEN)
     if PREDICTED and STORE:
-      gamma = tl.load(gates + GAMMA * C + i)
+      if CLIP is not None:
+        words = pair * (tl.cdiv(T, C * SPAN) * SPAN) + first_chunk + n
+        words = passes_ptr + words * (WORDS * V) + first_value
+        passes = load_bits(words, e, is_value, V, C)
     if PREDICTION is not None:
-      before = tl.load(gates + BASE_BEFORE * C + i)
       dp = tl.trans(load_tile(dprediction_ptr + piece_values + value_offsets, value_seen, EVEN))
-    dy = to_end[None, :] * tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
-    to_end = tl.load(ahead + OUT * C + i)
+    dy = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
+    dy *= tl.load(gates + OUT * C + i)[None, :]
     if DELTA:
-      key_read = tl.load(gates + KEY_READ * C + i)
       inverse = tl.load(square + INVERSE * C * C)
       dy = tl.dot(dy.to(dtype), inverse, input_precision=PRECISION)
     dy = tl.dot(do, tl.load(square + SCORES * C * C), dy, input_precision=PRECISION)
@@ -158,27 +141,25 @@ def sweep_kernel(
       dy = tl.dot(dp, prediction, dy, input_precision=PRECISION)
     if STORE:
       store_tile(dy_ptr + piece_values + value_offsets, tl.trans(dy.to(dtype)), value_seen, EVEN)
-    dq_read = (read[None, :] * do.to(tl.float32)).to(dtype)
-    read = tl.load(ahead + QUERY_READ * C + i)
-    dS = tl.dot(dq_read, q, decay_all * dS, input_precision=PRECISION)
-    decay_all = tl.load(ahead + BASE_IN * C + C - 1)
+    read = tl.load(gates + QUERY_READ * C + i)[None, :] * do.to(tl.float32)
+    dS *= tl.load(gates + BASE_IN * C + C - 1)
+    dS = tl.dot(read.to(dtype), q, dS, input_precision=PRECISION)
     if DELTA:
-      dX = -key_read[None, :] * dy
+      dX = -tl.load(gates + KEY_READ * C + i)[None, :] * dy
       if PREDICTION is not None:
-        dX += before[None, :] * dp.to(tl.float32)
+        dX += tl.load(gates + BASE_BEFORE * C + i)[None, :] * dp.to(tl.float32)
       dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
     elif PREDICTION is not None:
-      dX = before[None, :] * dp.to(tl.float32)
+      dX = tl.load(gates + BASE_BEFORE * C + i)[None, :] * dp.to(tl.float32)
       dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
     # Behind what the next chunk waits for.
     if PREDICTED and STORE:
-      dp = tl.trans((-gamma[None, :] * dy).to(dtype))
+      dp = -tl.load(gates + GAMMA * C + i)[None, :] * dy
       if CLIP is not None:
         dp = tl.where(passes != 0, dp, 0.0)
-        passes = _passes(
-          passes_ptr, row, head, (first_chunk + n_ahead) * C, T, i, first_value + e, H, V, EVEN
-        )
-      store_tile(dprediction_out_ptr + piece_values + value_offsets, dp, value_seen, EVEN)
+      store_tile(
+        dprediction_out_ptr + piece_values + value_offsets, tl.trans(dp.to(dtype)), value_seen, EVEN
+      )
 
   # Offsets of their own: those of the loads would stay in registers throughout the loop.
   state_offsets = fresh(a, chunks)[:, None] * V + e[None, :]

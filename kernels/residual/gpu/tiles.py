@@ -66,6 +66,27 @@ def load_columns(
 
 
 @triton.jit
+def store_bits(pointer, rows, row_seen, tile, V: tl.constexpr, C: tl.constexpr):
+  """Stores a tile [rows, C] of 0 and 1 as int32, 32 tokens a number; words of a chunk are V apart."""
+  i = tl.arange(0, C)
+  for word in tl.static_range((C + 31) // 32):
+    bits = tl.where((i // 32 == word)[None, :], tile << (i % 32)[None, :], 0)
+    tl.store(pointer + word * V + rows, tl.sum(bits, 1), mask=row_seen)
+
+
+@triton.jit
+def load_bits(pointer, rows, row_seen, V: tl.constexpr, C: tl.constexpr):
+  """What `store_bits` was given, as tokens of 0 and 1."""
+  i = tl.arange(0, C)
+  tile = tl.zeros([rows.shape[0], C], tl.int32)
+  for word in tl.static_range((C + 31) // 32):
+    bits = tl.load(pointer + word * V + rows, mask=row_seen, other=0)
+    here = (bits[:, None] >> (i % 32)[None, :]) & 1
+    tile = here if C <= 32 else tl.where((i // 32 == word)[None, :], here, tile)
+  return tile
+
+
+@triton.jit
 def scaled(gate, tile):
   """Rows of a tile times a gate, in the tile's dtype."""
   return (gate[:, None] * tile.to(tl.float32)).to(tile.dtype)
