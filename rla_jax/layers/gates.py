@@ -62,26 +62,37 @@ def compute_gates(
     None in place of a decay of 1, a beta of 1, or the gamma of a layer with one state.
   """
   x_BTD = x.astype(at_least_float32(x.dtype))
-  dtype = x_BTD.dtype
-
-  def project(name, x):
-    return jnp.dot(x, params[f'{name}_proj'].astype(dtype))
-
-  log_decay, step = _log_decay(s, params, x_BTD, project)
+  logits = _one_a_head(s, params, x_BTD)
+  log_decay, step = _log_decay(s, params, x_BTD, logits)
   beta_BTH = None
   if s.write == 'step':
     beta_BTH = step
   elif s.write == 'sigmoid':
-    beta_BTH = (2.0 if s.allow_neg_eigval else 1.0) * jax.nn.sigmoid(project('beta', x_BTD))
+    beta_BTH = (2.0 if s.allow_neg_eigval else 1.0) * jax.nn.sigmoid(logits['beta'])
   gamma_BTH = None
   if s.second_gate:
-    gamma_BTH = jax.nn.sigmoid(project('gamma', x_BTD))
+    gamma_BTH = jax.nn.sigmoid(logits['gamma'])
   elif s.gamma_is_beta:
-    gamma_BTH = jnp.ones((*x.shape[:2], s.num_heads), dtype) if beta_BTH is None else beta_BTH
+    gamma_BTH = jnp.ones((*x.shape[:2], s.num_heads), x_BTD.dtype) if beta_BTH is None else beta_BTH
   return log_decay, beta_BTH, gamma_BTH
 
 
-def _log_decay(s, params, x_BTD, project):
+def _one_a_head(s, params, x_BTD):
+  """x W of the gates that are one number a head, by name.
+
+  One product for all of them, so that the gradient of x is one array and not the sum of several.
+  Stacked, not side by side, they keep a split of the heads.
+  """
+  used = {'decay': s.decay == 'scalar', 'beta': s.write == 'sigmoid', 'gamma': s.second_gate}
+  names = [name for name, is_used in used.items() if is_used]
+  if not names:
+    return {}
+  kernels = [params[f'{name}_proj'].astype(x_BTD.dtype) for name in names]
+  logits_BTNH = jnp.einsum('btd,dnh->btnh', x_BTD, jnp.stack(kernels, axis=1))
+  return {name: logits_BTNH[:, :, i] for i, name in enumerate(names)}
+
+
+def _log_decay(s, params, x_BTD, logits):
   """Log decay, and the step size where the decay has one."""
   B, T = x_BTD.shape[:2]
   H, K, dtype = s.num_heads, s.head_dim, x_BTD.dtype
@@ -92,9 +103,10 @@ def _log_decay(s, params, x_BTD, project):
     return jnp.broadcast_to(log_decay_H[None, None], (B, T, H)), None
   bias = params['dt_bias'].astype(dtype)[None, None]
   if s.decay == 'scalar':
-    step_BTH = jax.nn.softplus(project('decay', x_BTD) + bias)
+    step_BTH = jax.nn.softplus(logits['decay'] + bias)
     return -jnp.exp(params['A_log'].astype(dtype))[None, None] * step_BTH, step_BTH
-  logit_BTHK = project('decay_up', project('decay_down', x_BTD)) + bias
+  down, up = (params[f'decay_{name}_proj'].astype(dtype) for name in ('down', 'up'))
+  logit_BTHK = jnp.dot(jnp.dot(x_BTD, down), up) + bias
   logit_BTHK = logit_BTHK.reshape(B, T, H, K)
   if s.decay == 'channel_sigmoid':
     return jax.nn.log_sigmoid(logit_BTHK) / _SIGMOID_TEMPERATURE, None

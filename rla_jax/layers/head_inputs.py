@@ -28,7 +28,7 @@ def head_inputs(
   documents: Segments | None,
   tail: Float[Array, 'B W-1 X'] | None,
   positions: Array,
-) -> Float[Array, 'B T H K']:
+) -> tuple[Float[Array, 'B T H K'], Array | None]:
   """y = scale a / |a| of every head, a = activation(convolution(h)), rotated; rounded once.
 
   v has neither norm nor scale nor rotation.
@@ -41,14 +41,19 @@ def head_inputs(
     documents: index of each token's document, counted from 0.
     tail: the W - 1 inputs before the first token.
     positions: of the tokens [T].
+
+  Returns:
+    y, and whether a head of a token was not finite and is zeros instead [B, T, H]. None: nobody has
+    looked; with `documents` the kernel does.
   """
   if explain_kernel(s, name, h.shape[1], h.dtype) is not None:
-    return _plain(s, name, h, taps, documents, tail, positions)
-  is_value = name == 'v'
-  return gpu.short_conv(
+    return _plain(s, name, h, taps, documents, tail, positions), None
+  shield, is_value = documents is not None, name == 'v'
+  found = gpu.short_conv(
     h, taps, tail, documents, size=_size(s, name), activation=s.activation,
-    norm=s.qk_norm and not is_value, scale=_scale(s, name),
+    norm=s.qk_norm and not is_value, scale=_scale(s, name), shield=shield,
   )  # fmt: skip
+  return (found[0], found[1] != 0) if shield else (found, None)
 
 
 def explain_kernel(s: Settings, name: str, length: int, dtype) -> str | None:

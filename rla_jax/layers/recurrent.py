@@ -95,7 +95,7 @@ def mix(
   documents_BT = None if segment_ids is None else count_segments(segment_ids)
   positions_T = jnp.arange(x.shape[1]) + (0 if cache is None else cache.length)
 
-  heads, tails = {}, {}
+  heads, faults, tails = {}, {}, {}
   for name in ('q', 'k', 'v'):
     h_BTX = jnp.dot(x_BTD, params[f'{name}_proj'].astype(dtype))
     tail = None
@@ -105,17 +105,22 @@ def mix(
       tails[name] = last_BTX.astype(tail.dtype)
     taps_WX = params.get(f'{name}_conv')
     if division is None:
-      heads[name] = head_inputs(s, name, h_BTX, taps_WX, documents_BT, tail, positions_T)
+      heads[name], faults[name] = head_inputs(
+        s, name, h_BTX, taps_WX, documents_BT, tail, positions_T
+      )
     else:
-      heads[name] = division.head_inputs(
+      heads[name], faults[name] = division.head_inputs(
         functools.partial(head_inputs, s, name), s.num_heads if name == 'v' else s.key_heads,
         h_BTX, taps_WX, segment_ids, tail, positions_T,
       )  # fmt: skip
   gates = compute_gates(s, params, x_BTD)
+  finite = all(x is not None for x in faults.values())
+  if finite:
+    gates = _marked(gates, faults, heads['v'])
   state = None if cache is None else resumed.state
 
   def recur(s, heads, gates, keep_state=True):
-    function = functools.partial(_recur, s)
+    function = functools.partial(_recur, s, finite)
     if division is None:
       return function(heads, gates, segment_ids, state)
     return division.recur(function, heads, gates, segment_ids, state, keep_state)
@@ -136,7 +141,20 @@ def mix(
   return y_BTD, RecurrentCache(tails, state, last_segment(segment_ids, cache), length)
 
 
-def _recur(s, heads, gates, segment_ids, state, axis_name=None):
+def _marked(gates, faults, v_BTHV):
+  """The gates, the first of them NaN at tokens whose q, k or v was not finite and is zeros now.
+
+  So the operator, which keeps what is not finite within its document, need not look through them.
+  """
+  log_decay, beta, gamma = gates
+  bad_BT = functools.reduce(jnp.logical_or, (x.any(axis=2) for x in faults.values()))
+  if log_decay is None:
+    log_decay = jnp.zeros(v_BTHV.shape[:3], at_least_float32(v_BTHV.dtype))
+  bad = jnp.expand_dims(bad_BT, range(2, log_decay.ndim))
+  return jnp.where(bad, jnp.nan, log_decay), beta, gamma
+
+
+def _recur(s, finite, heads, gates, segment_ids, state, axis_name=None):
   """Runs the operator, on a sequence split along `axis_name`, or its step for one cached token."""
   q, k, v = heads['q'], heads['k'], heads['v']
   log_decay, beta, gamma = gates
@@ -162,7 +180,7 @@ def _recur(s, heads, gates, segment_ids, state, axis_name=None):
       operator = functools.partial(split, operator, axis_name=axis_name)
     o_BTHV, state = operator(
       *arguments, initial_state=state, segment_ids=segment_ids, chunk_size=s.chunk_size,
-      implementation=s.implementation, **options,
+      implementation=s.implementation, finite=finite, **options,
     )  # fmt: skip
   if s.two_states:
     o_BTHV = o_BTHV.reshape(*shape[:3], 2, shape[3]).sum(axis=3)

@@ -57,11 +57,11 @@ class Division:
     segment_ids: Segments | None,
     tail: Float[Array, 'B W-1 X'] | None,
     positions: Array,
-  ) -> Float[Array, 'B T H K']:
+  ) -> tuple[Float[Array, 'B T H K'], Array | None]:
     """Runs `function(h, taps, documents, tail, positions)` on every device's part.
 
     Args:
-      function: convolution and what follows it, for whole heads.
+      function: convolution and what follows it, for whole heads: y, and None or an array [B, T, H].
       count: heads in h.
       h: projections.
       taps: of the convolution, or None.
@@ -83,7 +83,7 @@ class Division:
       in_specs=(
         P(*tokens, heads), P(None, heads), tokens, P(self.rows, None, heads), P(self.seq)
       ),
-      out_specs=P(*tokens, heads, None),
+      out_specs=P(*tokens, heads),
       check_vma=False,
     )(h, taps, segment_ids, tail, positions)  # fmt: skip
 

@@ -33,7 +33,13 @@ class SwiGLU(nn.Module):
 
     gate_BTF = jnp.dot(x, kernel('gate_proj', (D, F)))
     up_BTF = jnp.dot(x, kernel('up_proj', (D, F)))
-    return jnp.dot(jax.nn.silu(gate_BTF) * up_BTF, kernel('down_proj', (F, D)))
+    return _gated_product(gate_BTF, up_BTF, kernel('down_proj', (F, D)))
+
+
+# Elementwise work: cheaper to repeat, in one pass with its own gradient, than to keep.
+@jax.checkpoint
+def _gated_product(gate_BTF, up_BTF, kernel_FD):
+  return jnp.dot(jax.nn.silu(gate_BTF) * up_BTF, kernel_FD)
 
 
 class Block(nn.Module):

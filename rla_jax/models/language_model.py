@@ -8,7 +8,7 @@ from rla_jax import sharding
 from rla_jax.layers.norms import at_least_float32
 from rla_jax.models.blocks import Group, make_mixer, make_norm
 from rla_jax.models.config import ModelConfig
-from rla_jax.models.loss import TokenScores, score, score_chunked
+from rla_jax.models.loss import TokenScores, score, score_chunked, summed_loss
 from rla_jax.models.remat import policy
 from rla_jax.shapes import Array, Float, Int, Segments
 
@@ -102,12 +102,13 @@ class LanguageModel(nn.Module):
     Returns:
       (sum of losses in nats, sum of weights), float32.
     """
-    nll_BT = self.score(tokens, targets, segment_ids, keys=keys).nll
-    if mask is None:
-      return nll_BT.sum(), jnp.asarray(nll_BT.size, nll_BT.dtype)
-    mask_BT = mask.astype(nll_BT.dtype)
-    # A masked position may hold anything, a NaN included.
-    return jnp.where(mask_BT != 0, mask_BT * nll_BT, 0).sum(), mask_BT.sum()
+    x_BTD, _ = self._trunk(tokens, segment_ids, None, keys)
+    dtype = at_least_float32(x_BTD.dtype)
+    weights_BT = jnp.ones(targets.shape, dtype) if mask is None else mask.astype(dtype)
+    total = summed_loss(
+      _head, self._head_kernel(), x_BTD, targets, weights_BT, self.config.loss_chunk
+    )
+    return total, weights_BT.sum()
 
   def score(
     self,

@@ -31,6 +31,8 @@ _ARGUMENTS = """
     initial_state: states before the first token, as returned by an earlier call. None: zeros.
     segment_ids: int [B, T]. Where the id changes both states are zero before that token; an initial
       state reaches the first segment only. What is not finite stays inside its segment.
+    finite: q, k and v are known to hold neither NaN nor infinity, so that with segment_ids they are
+      not searched. The gates and the state still may, but give NaN to gradients of their own only.
     readout: 'gated', or 'sum' for o_t = S_{t-1}^T q_t + R_t^T q_t (an ablation of the paper).
     chunk_size: tokens of a chunk; None: the implementation's choice.
     implementation: None picks the best for this platform; a name ('reference', 'associative',
@@ -76,6 +78,7 @@ def residual_linear_attention(
   clip: float | None = 1.0,
   initial_state: ResidualState | None = None,
   segment_ids: Segments | None = None,
+  finite: bool = False,
   readout: Readout = 'gated',
   chunk_size: int | None = None,
   implementation: Implementation = None,
@@ -88,7 +91,8 @@ def residual_linear_attention(
   """
   return _run(
     'additive', q, k, v, log_decay, beta, gamma, clip=clip, initial_state=initial_state,
-    segment_ids=segment_ids, readout=readout, chunk_size=chunk_size, implementation=implementation,
+    segment_ids=segment_ids, finite=finite, readout=readout, chunk_size=chunk_size,
+    implementation=implementation,
   )  # fmt: skip
 
 
@@ -104,6 +108,7 @@ def residual_delta_rule(
   clip: float | None = 1.0,
   initial_state: ResidualState | None = None,
   segment_ids: Segments | None = None,
+  finite: bool = False,
   readout: Readout = 'gated',
   chunk_size: int | None = None,
   implementation: Implementation = None,
@@ -116,7 +121,8 @@ def residual_delta_rule(
   """
   return _run(
     'delta', q, k, v, log_decay, beta, gamma, clip=clip, initial_state=initial_state,
-    segment_ids=segment_ids, readout=readout, chunk_size=chunk_size, implementation=implementation,
+    segment_ids=segment_ids, finite=finite, readout=readout, chunk_size=chunk_size,
+    implementation=implementation,
   )  # fmt: skip
 
 
@@ -284,7 +290,7 @@ def _step(update, q, k, v, log_decay, beta, gamma, state, *, implementation, **o
 def _compute(inputs: Inputs, run: Callable, options: Options):
   if inputs.segments is None:
     return run(inputs, options)
-  return segments.isolate(lambda inputs: run(inputs, options), inputs)
+  return segments.isolate(lambda inputs: run(inputs, options), inputs, options.finite)
 
 
 def _abstractly(question: Callable[[Inputs, Options], object], operator, args, kwargs):
@@ -293,14 +299,16 @@ def _abstractly(question: Callable[[Inputs, Options], object], operator, args, k
   if name not in _UPDATES:
     raise ValueError(f'operator is {name!r}; expected one of {list(_UPDATES)}')
   defaults = {
-    'clip': 1.0, 'initial_state': None, 'segment_ids': None, 'readout': 'gated', 'chunk_size': None
+    'clip': 1.0, 'initial_state': None, 'segment_ids': None, 'finite': False, 'readout': 'gated',
+    'chunk_size': None,
   }  # fmt: skip
   names = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')
   unknown = set(kwargs) - set(defaults) - set(names)
   if unknown:
     raise ValueError(f'unknown arguments {sorted(unknown)}; expected those of {name}')
   tokens = {key: kwargs.pop(key) for key in names if key in kwargs}
-  static = {key: kwargs.pop(key) for key in ('clip', 'readout', 'chunk_size') if key in kwargs}
+  options = ('clip', 'finite', 'readout', 'chunk_size')
+  static = {key: kwargs.pop(key) for key in options if key in kwargs}
   answer = []
 
   def trace(args, tokens, arrays):

@@ -39,12 +39,14 @@ class Options:
     clip: bound of the residual, or None.
     readout: 'gated' or 'sum'; without meaning for a base model.
     chunk_size: tokens of a chunk, or None for the implementation's own choice.
+    finite: q, k and v are known to be.
   """
 
   update: Update
   clip: float | None = 1.0
   readout: Readout = 'gated'
   chunk_size: int | None = None
+  finite: bool = False
 
 
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:

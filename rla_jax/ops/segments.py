@@ -5,7 +5,7 @@ document that holds a NaN or an infinity would ruin those that share a chunk wit
 replaces the bad tokens by zeros before the operator and gives the document its NaN back behind it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,27 @@ def count_segments(segment_ids_BT: Segments) -> Segments:
 
 
 def isolate(
-  run: Callable[[Inputs], tuple[Values, ResidualState]], inputs: Inputs
+  run: Callable[[Inputs], tuple[Values, ResidualState]], inputs: Inputs, finite: bool = False
 ) -> tuple[Values, ResidualState]:
   """Runs the operator so that what is not finite stays inside its own document.
 
   There it spreads as it would alone: the outputs from the first bad token on, the final state if it
   is the last document, and all gradients of the document's tokens are NaN.
+
+  Args:
+    run: the operator.
+    inputs: what it takes.
+    finite: q, k and v are known to be finite. Then no pass over them is made, forward or backward:
+      gradients are NaN for the gates of a broken document and its states.
   """
-  bad_BT = _not_finite(inputs)
+  searched = ('beta', 'gamma') if finite else ('q', 'k', 'v', 'beta', 'gamma')
+  bad_BT = _not_finite(inputs, searched)
   poisoned_BT, broken_BT = _spread(bad_BT, inputs.segments)
 
   def shield_tokens(x):
     return None if x is None else _shield(x, bad_BT, broken_BT)
 
-  gates = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')
-  tokens = {name: shield_tokens(getattr(inputs, name)) for name in gates}
+  tokens = {name: shield_tokens(getattr(inputs, name)) for name in ('log_decay', *searched)}
   state = jax.tree.map(lambda s: _shield(s, bad_BT[:, 0], broken_BT[:, 0]), inputs.state)
   o_BTHV, state = run(inputs._replace(**tokens, state=state))
   o_BTHV = _poison(o_BTHV, poisoned_BT, broken_BT)
@@ -44,7 +50,7 @@ def isolate(
   return o_BTHV, jax.tree.map(lambda s: _poison(s, lost_B, lost_B), state)
 
 
-def _not_finite(inputs: Inputs) -> Array:
+def _not_finite(inputs: Inputs, searched: Sequence[str]) -> Array:
   """True [B, T] where any array of a token is not finite; the initial state counts as token 0."""
 
   def any_per_token(bad):
@@ -52,7 +58,7 @@ def _not_finite(inputs: Inputs) -> Array:
 
   # A log decay of -inf is a reset, not a fault.
   bad_BT = any_per_token(jnp.isnan(inputs.log_decay) | (inputs.log_decay == jnp.inf))
-  for x in (inputs.q, inputs.k, inputs.v, inputs.beta, inputs.gamma):
+  for x in (getattr(inputs, name) for name in searched):
     if x is not None:
       bad_BT |= any_per_token(~jnp.isfinite(x))
   for s in jax.tree.leaves(inputs.state):

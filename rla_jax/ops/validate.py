@@ -12,10 +12,11 @@ from rla_jax.ops.state import ResidualState
 
 
 def canonicalise(
-  update, q, k, v, log_decay, beta, gamma, *, clip, initial_state, segment_ids, readout, chunk_size
+  update, q, k, v, log_decay, beta, gamma, *, clip, initial_state, segment_ids, readout, chunk_size,
+  finite=False,
 ) -> tuple[Inputs, Options]:
   """Canonical form of a call with a time axis. Raises ValueError, naming the argument."""
-  options = _options(update, clip, readout, chunk_size)
+  options = _options(update, clip, readout, chunk_size, finite)
   B, T, H = _heads_of(q, k, v, ('B', 'T'))
   K, V = k.shape[-1], v.shape[-1]
   gate = (B, T, H)
@@ -43,7 +44,7 @@ def canonicalise_step(
   return vary_alike(Inputs(q, k, v, log_decay, beta, gamma, state, None)), options
 
 
-def _options(update, clip, readout, chunk_size):
+def _options(update, clip, readout, chunk_size, finite=False):
   if clip is not None:
     if isinstance(clip, jax.core.Tracer):
       raise ValueError('clip is traced; expected a Python number > 0, or None for no clipping')
@@ -60,7 +61,7 @@ def _options(update, clip, readout, chunk_size):
     isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
   ):
     raise ValueError(f'chunk_size is {chunk_size!r}; expected a positive int, or None')
-  return Options(update, clip, readout, chunk_size)
+  return Options(update, clip, readout, chunk_size, bool(finite))
 
 
 def _heads_of(q, k, v, lead):

@@ -97,8 +97,9 @@ def instructions(hlo: str) -> Iterator[Instruction]:
       names = re.findall(r'%([\w.-]+)', m['rest'].split('), ')[0])
       operands = tuple(shape for name in names for shape in shapes.get(name, ()))
       results, op = shapes[m['name']], m['op'].removesuffix('-start')
-      if op != m['op'] and op != 'all-reduce' and len(results) > len(operands):
-        # The started half returns its operands, then its results, then what it waits on.
+      if op != m['op'] and len(results) > len(operands) > 0:
+        # The started half returns its operands, then its results, then what it waits on; that of an
+        # all-reduce in older compilers its results alone.
         results = results[len(operands) : 2 * len(operands)]
       if op == 'all-reduce' and computation.startswith('all-reduce-scatter'):
         op = 'reduce-scatter'

@@ -43,6 +43,7 @@ class Case:
   norm: bool = True
   activation: str = 'silu'
   size: float = 1.0  # of the inputs
+  shield: bool = False
 
 
 CASES = {
@@ -90,7 +91,7 @@ def interpreted(case):
   """The kernels with tiles of 16 tokens and, of small heads, of some heads."""
   silu, scale = case.activation == 'silu', options(case)['scale']
   tiles = call.Tile(32, 16, 4), call.Tile(32, 16, 2)
-  config = call.Config(silu, case.norm, scale, 1e-6, True, *tiles)
+  config = call.Config(silu, case.norm, scale, 1e-6, case.shield, True, *tiles)
 
   def run(h, taps, tail, documents):
     h, taps, tail = (
@@ -171,6 +172,25 @@ def test_what_is_not_finite_stays_in_its_document():
     assert np.isnan(found['dtail']).any() == (at == 'tail of 0')
 
 
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('float16', marks=pytest.mark.slow)])
+def test_shield(norm, dtype):
+  """A head that is not finite is zeros and told; all else is as without, gradients too."""
+  case = Case(T=21, H=3, S=8, documents=6, tail=True, norm=norm, dtype=dtype)
+  h, taps, tail, documents, dy = problem(case)
+  h = h.at[0, 4, 9].set(jnp.nan).at[0, 17, 3].set(jnp.inf)
+  clean = value_and_gradients(interpreted(case), h, taps, tail, documents, dy)
+  run = interpreted(dataclasses.replace(case, shield=True))
+  (y, faults), pull = jax.vjp(lambda h: run(h, taps, tail, documents), h)
+  broken = ~np.isfinite(np.asarray(clean['y'], np.float32)).all(axis=-1)
+  assert broken[0, 4, 1] and broken[0, 17, 0] and broken.sum() < 12
+  np.testing.assert_array_equal(faults, broken)
+  wanted = jnp.where(broken[..., None], 0, clean['y'])
+  np.testing.assert_array_equal(y.astype(jnp.float32), wanted.astype(jnp.float32))
+  (dh,) = pull((dy, np.zeros(faults.shape, jax.dtypes.float0)))
+  np.testing.assert_array_equal(dh.astype(jnp.float32), clean['dh'].astype(jnp.float32))
+
+
 @pytest.mark.parametrize('shared_h', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_members_under_vmap(shared_h):
   """Each of several models has its own taps, and gradients of its own; documents are shared."""
@@ -227,11 +247,11 @@ def test_compiles_without_spills(backward, dtype, capability, size):
   given = [x, '*fp32', x, '*i32', *([x] if backward else []), 'i32', 'i32']
   compiled = harness.compile_kernel(
     kernel,
-    given + ([x, '*fp32', x] if backward else [x]),
+    given + ([x, '*fp32', x] if backward else [x, '*i8']),
     {
       'H': 8, 'S': size, 'BLOCK_H': block_h, 'BLOCK_S': block_s, 'WIDTH': 4, 'ROW_TAPS': False,
       'TOKENS': tile.tokens, 'GROUP': tile.group, 'TAIL': True, 'SEGMENTED': True, 'SILU': True,
-      'NORM': True, 'SCALE': 0.1, 'EPS': 1e-6,
+      'NORM': True, 'SCALE': 0.1, 'EPS': 1e-6, **({} if backward else {'SHIELD': True}),
     },
     capability=capability,
     num_warps=block_h * block_s // (32 * tile.each),
@@ -319,7 +339,7 @@ def kernel(monkeypatch):
 def test_layer_with_the_kernel(kernel, monkeypatch):
   """Values, gradients and cache of a layer that goes on from a cache, around a simple operator."""
 
-  def recur(s, heads, gates, segment_ids, state):
+  def recur(s, finite, heads, gates, segment_ids, state):
     scores_BTH = jnp.repeat(jnp.sum(heads['q'] * heads['k'], -1), 2, axis=2)
     return scores_BTH[..., None] * heads['v'], state
 
@@ -357,6 +377,31 @@ def test_layer_with_the_kernel(kernel, monkeypatch):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('decay', ['scalar', 'none'])
+def test_layer_keeps_what_is_not_finite_in_its_document(kernel, decay):
+  """With the kernel the operator does not search q, k and v, and is told what it would find."""
+  layer = layers.ResidualDeltaNet(
+    num_heads=2, head_dim=8, decay=decay, implementation='reference', dtype=jnp.bfloat16
+  )
+  x = jax.random.normal(jax.random.key(0), (1, 12, 16)).at[0, 6, 3].set(jnp.nan)
+  ids = jnp.asarray([[0] * 4 + [1] * 4 + [2] * 4])
+  params = layer.init(jax.random.key(1), x)
+
+  def everything():
+    y, pull = jax.vjp(lambda x: layer.apply(params, x, ids), x)
+    return y.astype(jnp.float32), pull(jnp.ones_like(y))[0]
+
+  kernel(on=False)
+  want = jax.jit(lambda: everything())()
+  calls = kernel(on=True)
+  got = jax.jit(lambda: everything())()
+  assert [c['shield'] for c in calls[:3]] == [True] * 3
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0.05, atol=0.02)
+  assert np.isnan(got[0][0]).any(axis=-1).tolist() == [6 <= t < 8 for t in range(12)]
+  assert np.isnan(got[1][0]).any(axis=-1).tolist() == [4 <= t < 8 for t in range(12)]
+
+
 def test_kernel_on_a_split_sequence(kernel):
   """The inputs before a shard come from its neighbour, and their gradient goes there."""
   s = Settings(num_heads=2, head_dim=8)
@@ -367,7 +412,7 @@ def test_kernel_on_a_split_sequence(kernel):
 
   def run(h, taps, tail, documents):
     assert tail is None and documents is None
-    return split.divide(2, 16).head_inputs(function, 2, h, taps, ids, None, jnp.arange(16))
+    return split.divide(2, 16).head_inputs(function, 2, h, taps, ids, None, jnp.arange(16))[0]
 
   kernel(on=True)
   with jax.set_mesh(sharding.make_mesh(data=1, seq=2, devices=jax.devices()[:2])):

@@ -40,6 +40,18 @@ def test_beta_up_to_two_and_gamma_as_beta():
   assert gates_of(x, decay='none', write='one', residual=False) == (None, None, None)
 
 
+def test_gates_of_one_number_a_head_are_one_product():
+  """So that their gradients in x are one array, in place of a float32 one each."""
+  x = helpers.inputs(dtype=jnp.bfloat16)
+  assert str(jax.make_jaxpr(gates_of)(x)).count('dot_general') == 1
+  _, beta, gamma = gates_of(x)
+  for name, gate in (('beta', beta), ('gamma', gamma)):
+    names = list(gate_parameters(layers.Settings(num_heads=4, head_dim=8), x.shape[-1]))
+    key = jax.random.key(names.index(f'{name}_proj'))
+    kernel = layers.Settings().kernel_init(key, (x.shape[-1], 4), jnp.float32)
+    assert helpers.error(gate, jax.nn.sigmoid(x.astype(jnp.float32) @ kernel)) < 1e-6
+
+
 def test_initial_decay_is_mamba2s():
   """softplus(dt_bias) is log-uniform in [0.001, 0.1], exp(A_log) uniform in [1, 16]."""
   layer = layers.ResidualDeltaNet(num_heads=4096, head_dim=1)

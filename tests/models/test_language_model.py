@@ -98,6 +98,29 @@ def test_chunked_loss_equals_the_plain_one():
     assert error(got[0], want[0]) < 1e-6 and error(got[1], want[1]) < 1e-6
 
 
+def test_summed_loss_is_the_weighted_sum_and_makes_the_logits_once():
+  x, kernel = (jax.random.normal(jax.random.key(i), s) for i, s in ((0, (2, 11, 8)), (1, (8, 30))))
+  targets = jax.random.randint(jax.random.key(2), (2, 11), 0, 30)
+  weights = jax.random.normal(jax.random.key(3), targets.shape).at[0, 3].set(0)
+
+  def definition(x, kernel, weights):
+    nll = jnp.where(weights != 0, score(x @ kernel, targets).nll, 0)
+    return 0.3 * (weights * nll).sum() ** 2
+
+  def loss(chunk, x, kernel, weights):
+    return 0.3 * losses.summed_loss(jnp.matmul, kernel, x, targets, weights, chunk) ** 2
+
+  want = jax.jit(jax.value_and_grad(definition, (0, 1, 2)))(x, kernel, weights)
+  for chunk in (None, 4, 11):
+    gradient = jax.value_and_grad(functools.partial(loss, chunk), (0, 1, 2))
+    got = jax.jit(gradient)(x, kernel, weights)
+    assert np.isclose(loss(chunk, x, kernel, weights), want[0], rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+      assert error(a, b) < 1e-6
+    # Logits, and the gradients of x and kernel.
+    assert str(jax.make_jaxpr(gradient)(x, kernel, weights)).count('dot_general') == 3
+
+
 def test_the_gradient_of_a_score_is_that_of_its_definition():
   logits = 5 * jax.random.normal(jax.random.key(0), (2, 7, 30))
   logits = logits.at[0, 0, 3].set(-jnp.inf).at[0, 1, 4].set(1e4)

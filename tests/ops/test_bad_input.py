@@ -158,6 +158,31 @@ def test_a_broken_initial_state_breaks_the_first_document_alone(part, bad):
   assert all(np.isfinite(s).all() for s in final)
 
 
+def test_what_is_known_to_be_finite_is_not_searched():
+  """A broken gate then gives NaN to its document's outputs, and to the gradients of its gates."""
+  ids = jnp.asarray([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+  good = {**GOOD, 'log_decay': GOOD['log_decay'].at[0, 3, 1].set(jnp.nan)}
+
+  def run(good, finite):
+    return ops.residual_delta_rule(
+      **good, segment_ids=ids, implementation='reference', finite=finite
+    )[0]
+
+  def gradient(finite):
+    return jax.grad(lambda good: run(good, finite).sum())(good)
+
+  np.testing.assert_array_equal(run(good, True), run(good, False))
+  got, want = gradient(True), gradient(False)
+  for name in GOOD:
+    clean = (1, slice(None)) if name in 'qkv' else slice(None)
+    np.testing.assert_array_equal(got[name][clean], want[name][clean])
+  assert np.isfinite(got['q']).all() and np.isnan(got['beta'][0, 2:]).all()
+  programs = [str(jax.make_jaxpr(lambda g, f=f: run(g, f))(good)) for f in (False, True)]
+  assert programs[0].count('is_finite') - programs[1].count('is_finite') == 3
+  found = ops.explain_implementations('residual_delta_rule', **GOOD, finite=True)
+  assert found['reference'] is None
+
+
 def test_a_traced_clip_is_refused():
   with pytest.raises(ValueError, match=r'clip is traced; expected a Python number'):
     jax.jit(lambda clip: ops.residual_delta_rule(**GOOD, clip=clip))(1.0)

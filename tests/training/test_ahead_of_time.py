@@ -118,6 +118,25 @@ replica_groups={{0,1}}, to_apply=%add
   assert (total.op, total.results) == ('all-reduce', ('bf16[512,64]',))
 
 
+@pytest.mark.parametrize('shape', ['f32[8,4]{1,0}', '((f32[8,4]{1,0}), f32[8,4]{1,0})'])
+def test_a_started_all_reduce_counts_once(shape):
+  """As the GPU compilers of two releases write it."""
+  module = f"""HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {{
+  ROOT %sum = f32[] add(%x, %y)
+}}
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {{
+  %p = f32[8,4]{{1,0}} parameter(0)
+  %start = {shape} all-reduce-start(%p), channel_id=2, replica_groups={{{{0,1}}}}, to_apply=%add
+  ROOT %done = f32[8,4]{{1,0}} all-reduce-done(%start)
+}}
+"""
+  (total,) = hlo.collectives(module)
+  assert (total.op, total.times, total.group, total.bytes) == ('all-reduce', 1, 2, 8 * 4 * 4)
+
+
 def test_flops_of_loops_branches_and_shards(mesh):
   x = jnp.zeros((8, 4))
 

@@ -34,6 +34,7 @@ def short_conv(
   norm: bool,
   scale: float = 1.0,
   eps: float = 1e-6,
+  shield: bool = False,
   interpret: bool = False,
 ):
   """y = scale a / sqrt(sum a^2 + eps), a = activation(z), z_t = sum_j taps_{W-1-j} h_{t-j}.
@@ -52,10 +53,12 @@ def short_conv(
     norm: whether heads are normalised.
     scale: factor of the result.
     eps: added to the sum of squares.
+    shield: a head of a token is zeros where it, or its norm, is not finite; and that is told.
     interpret: run on the host through Triton's interpreter, for tests.
 
   Returns:
-    y [B, T, X / size, size] in h's dtype. Differentiable in h, taps and tail.
+    y [B, T, X / size, size] in h's dtype. Differentiable in h, taps and tail. With `shield`, (y,
+    faults), int8 [B, T, X / size], which are 1 there.
 
   Raises:
     NotImplementedError: the call is `unsupported`.
@@ -66,7 +69,8 @@ def short_conv(
   B, T, X = h_BTX.shape
   heads = (X // size, size)
   if B * T == 0:
-    return jnp.zeros((B, T, *heads), h_BTX.dtype)
+    y_BTHS = jnp.zeros((B, T, *heads), h_BTX.dtype)
+    return (y_BTHS, jnp.zeros(y_BTHS.shape[:3], jnp.int8)) if shield else y_BTHS
 
   from rla_jax.kernels.short_conv.gpu import call
 
@@ -75,6 +79,7 @@ def short_conv(
     norm=norm,
     scale=float(scale),
     eps=float(eps),
+    shield=shield,
     interpret=interpret,
   )
   return call.convolve(

@@ -43,6 +43,7 @@ class Config:
   norm: bool
   scale: float
   eps: float
+  shield: bool
   interpret: bool
   forward: Tile = FORWARD
   backward: Tile = BACKWARD
@@ -50,7 +51,7 @@ class Config:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolve(config: Config, h_BTHS, taps_WHS, tail_BWHS, documents_BT):
-  """y [B, T, H, S]; `short_conv` has the arguments, here with the heads split off."""
+  """As `short_conv`, with the heads split off the arguments."""
   arrays = (h_BTHS, taps_WHS[None], tail_BWHS, documents_BT)
   return _forward(config)(*arrays)
 
@@ -59,7 +60,8 @@ def _convolve_forward(config, *arrays):
   return convolve(config, *arrays), arrays
 
 
-def _convolve_backward(config, arrays, dy_BTHS):
+def _convolve_backward(config, arrays, cotangents):
+  dy_BTHS = cotangents[0] if config.shield else cotangents
   h_BTHS, taps_WHS, tail_BWHS, documents_BT = arrays
   dh_BTHS, dtaps_BNWHS, dtail_BWHS = _backward(config)(
     h_BTHS, taps_WHS[None], tail_BWHS, documents_BT, dy_BTHS
@@ -70,13 +72,13 @@ def _convolve_backward(config, arrays, dy_BTHS):
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _over_devices(run, taps, with_cotangent):
+def _over_devices(run, taps, outputs, with_cotangent=False):
   """`run` on the sequences and heads of every device, and with taps of one or of all sequences."""
   # One sequence's taps are those of all; under vmap each of its rows has its own.
   letters = ('BTHS', 'AWHS' if taps.shape[0] == 1 else 'BWHS', 'BWHS', 'BT')
-  if not with_cotangent:
-    return over_batch_and_heads(run, letters, 'BTHS')
-  return over_batch_and_heads(run, (*letters, 'BTHS'), ('BTHS', 'BNWHS', 'BWHS'))
+  if with_cotangent:
+    letters = (*letters, 'BTHS')
+  return over_batch_and_heads(run, letters, outputs)
 
 
 def _rows_of(taps_AWHS, rows):
@@ -86,12 +88,13 @@ def _rows_of(taps_AWHS, rows):
 @functools.cache
 def _forward(config: Config):
   def run(h, taps, tail, documents):
-    (y,) = _launch(forward_kernel, config, config.forward, (h, taps, tail, documents))
-    return y
+    y, faults = _launch(forward_kernel, config, config.forward, (h, taps, tail, documents))
+    return (y, faults) if config.shield else y
 
   def call(h, taps, tail, documents):
     taps = _rows_of(taps, len(h))
-    return _over_devices(run, taps, False)(h, taps, tail, documents)
+    outputs = ('BTHS', 'BTH') if config.shield else 'BTHS'
+    return _over_devices(run, taps, outputs)(h, taps, tail, documents)
 
   return fold_into_batch(call)
 
@@ -105,7 +108,8 @@ def _backward(config: Config):
 
   def call(h, taps, tail, documents, dy):
     taps = _rows_of(taps, len(h))
-    return _over_devices(run, taps, True)(h, taps, tail, documents, dy)
+    outputs = ('BTHS', 'BNWHS', 'BWHS')
+    return _over_devices(run, taps, outputs, with_cotangent=True)(h, taps, tail, documents, dy)
 
   return fold_into_batch(call)
 
@@ -122,8 +126,11 @@ def _launch(kernel, config, tile, arrays):
   def shaped(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-  outputs = [shaped(h)]
-  if dy:
+  outputs, more = [shaped(h)], {}
+  if not dy:
+    outputs.append(jax.ShapeDtypeStruct(h.shape[:3] if config.shield else (1,), jnp.int8))
+    more['SHIELD'] = config.shield
+  else:
     outputs.append(jax.ShapeDtypeStruct((B, tiles, width, H, S), jnp.float32))
     # Without a tail the kernel does not touch its gradient.
     outputs.append(jax.ShapeDtypeStruct((1,), h.dtype) if tail is None else shaped(tail))
@@ -150,4 +157,5 @@ def _launch(kernel, config, tile, arrays):
     NORM=config.norm,
     SCALE=config.scale,
     EPS=config.eps,
+    **more,
   )

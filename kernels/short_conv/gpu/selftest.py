@@ -14,7 +14,7 @@ B, T, H, W = 2, 100, 3, 4
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is compiled. `packed`: with documents and a tail from an earlier call."""
+  """What is compiled. `packed`: with documents, a tail from an earlier call, and a shield."""
 
   dtype: str
   size: int
@@ -42,10 +42,11 @@ def check(case: Case, *, seed: int = 0, interpret: bool = False) -> dict[str, fl
   scale = case.size**-0.5 if case.norm else 1.0
 
   def kernel(h, taps, tail):
-    return gpu.short_conv(
+    found = gpu.short_conv(
       h, taps, tail, documents, size=case.size, activation='silu', norm=case.norm, scale=scale,
-      interpret=interpret,
+      shield=case.packed, interpret=interpret,
     )  # fmt: skip
+    return found[0] if case.packed else found
 
   def definition(h, taps, tail):
     return _definition(case, scale, h, taps, tail, documents)

@@ -11,13 +11,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def heads_of(H: tl.constexpr, BLOCK_H: tl.constexpr):
+  """Heads of a program."""
+  columns: tl.constexpr = tl.cdiv(H, BLOCK_H)
+  return tl.program_id(0) % columns * BLOCK_H + tl.arange(0, BLOCK_H)
+
+
+@triton.jit
 def place(
   tiles, H: tl.constexpr, S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
   """Sequence, tile of tokens and channels of a program; neighbours have neighbouring channels."""
   program = tl.program_id(0).to(tl.int64)
   columns: tl.constexpr = tl.cdiv(H, BLOCK_H)
-  head = (program % columns).to(tl.int32) * BLOCK_H + tl.arange(0, BLOCK_H)
+  head = heads_of(H, BLOCK_H)
   size = tl.arange(0, BLOCK_S)
   seen = (head < H)[:, None] & (size < S)[None, :]
   row = program // columns
