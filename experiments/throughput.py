@@ -2,14 +2,14 @@
 
   python experiments/throughput.py --config=configs/quickstart.py --output=/tmp/throughput \\
       --lengths=512,1024
-  python experiments/throughput.py --config=configs/rdn_1p5b.py --output=results \\
-      --mixers=rla,rdn,sgla,gdn,attention --batch_tokens=32768 --lengths=2048,8192,32768,131072
+  python experiments/throughput.py --config=configs/transformer_1p5b.py --output=results \\
+      --mixers=rla,rdn,sgla,gdn,attention --lengths=2048,8192,32768,131072 --chunk=32768
 
 The model has random parameters. --mixers puts one layer after the other in place of all those of
-the config; softmax attention then has the config's number of heads, all with keys and values of
-their own. Writes throughput.csv and, for each of --kinds, throughput_KIND.png and memory_KIND.png.
-The same command again measures what is missing; --budget compiles nothing more after so many
-seconds.
+the config, with the config's options for it: the paper's models are one another's but for that, and
+transformer_1p5b has the heads of its attention too. Writes throughput.csv and, for each of --kinds,
+throughput_KIND.png and memory_KIND.png. The same command again measures what is missing; --budget
+compiles nothing more after so many seconds.
 """
 
 import math
