@@ -33,6 +33,7 @@ _KINDS = flags.DEFINE_list('kinds', list(throughput.KINDS), 'What to measure.')
 _BUDGET = flags.DEFINE_float(
   'budget', None, 'Seconds after which nothing more is compiled; the same command goes on.'
 )
+_FIGURES_ONLY = flags.DEFINE_bool('figures_only', False, 'Only draw the figures of a table again.')
 _VOCABULARY = flags.DEFINE_integer(
   'vocab_size', 100_352, 'Tokens of the vocabulary, unless the config says.', lower_bound=1
 )
@@ -44,13 +45,16 @@ def main(_):
   folder = pathlib.Path(_OUTPUT.value)
   folder.mkdir(parents=True, exist_ok=True)
   table = folder / 'throughput.csv'
+  known = read_rows(table) if table.exists() else []
+  if _FIGURES_ONLY.value:
+    throughput.draw(folder, _KINDS.value, known)
+    return
   size = _CONFIG.value.model.vocab_size or _VOCABULARY.value
   throughput.measure(
     model_config(_CONFIG.value, size), _CONFIG.value, folder, mixers=_MIXERS.value,
     lengths=parse_lengths(_LENGTHS.value), batch_tokens=_BATCH_TOKENS.value,
     chunk=_CHUNK.value, kinds=_KINDS.value, budget=_BUDGET.value or math.inf,
-    known=read_rows(table) if table.exists() else (),
-    say=lambda line: print(line, flush=True),
+    known=known, say=lambda line: print(line, flush=True),
   )  # fmt: skip
 
 

@@ -162,8 +162,7 @@ def measure(
     del calls
     _made_params.cache_clear()
     jax.clear_caches()
-  for kind in kinds:
-    _show(folder, kind, rows)
+  draw(folder, kinds, rows)
   return rows
 
 
@@ -358,14 +357,15 @@ def _digest(config: ModelConfig) -> str:
   return f'sha256:{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}'
 
 
-def _show(folder: pathlib.Path, kind: str, rows: list[dict]) -> None:
+def draw(folder: pathlib.Path, kinds: Sequence[str], rows: Sequence[dict]) -> None:
+  """Draws throughput_KIND.png and memory_KIND.png of what fits, for each of the kinds."""
   figures_of = {
     'throughput': ('tokens_per_second', 1, 'tokens a second'),
     'memory': ('memory_bytes', 2**30, 'GiB'),
   }
-  for name, (column, unit, label) in figures_of.items():
+  for kind, (name, (column, unit, label)) in itertools.product(kinds, figures_of.items()):
     lines: dict[str, tuple[list, list]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row['length']):
       if row['kind'] == kind and row[column] is not None:
         x, y = lines.setdefault(row['mixer'], ([], []))
         x.append(row['length'])

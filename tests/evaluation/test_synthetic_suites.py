@@ -124,6 +124,9 @@ def test_throughput_measures_what_is_missing_until_the_budget_is_spent(monkeypat
   assert [r['tokens_per_second'] for r in rows] == [32.0, None]
   known = read_rows(tmp_path / 'throughput.csv')
   assert known == rows
+  (tmp_path / 'throughput_prefill.png').unlink()
+  throughput.draw(tmp_path, ['prefill', 'decode'], known)
+  assert (tmp_path / 'throughput_prefill.png').exists()
   assert len(measure(lengths=[8, 16, 32], known=known)) == 3
   assert asked[3:] == [(2, 16)]
   assert len(measure(lengths=[8, 64], known=known, mixers=['gdn'], budget=-1.0)) == 2
