@@ -7,16 +7,20 @@
   python experiments/mqar_sweep.py --workdir=runs/mqar --table_only
 
 All learning rates and seeds of a mixer at a width train together in one program
-(experiments/mqar/ensemble.py), while that of the next mixer is compiled; --notogether trains one
+(experiments/sweeps/ensemble.py), while that of the next mixer is compiled; --notogether trains one
 after the other in the training loop, which gives the same up to rounding. The same command again
 skips what is finished and goes on with what is not; --budget stops after so many seconds, with the
 state on disk. The table takes the best learning rate of each, mean over the seeds, and stands
-beside the published numbers. --more_seeds are trained after all else, at the learning rate that was
-best with --seeds alone, which halves the work of three seeds. --set=key=value overrides keys of
-configs/mqar.py.
+beside the published numbers. --more_seeds are trained after all else of their width, at the
+learning rate that was best with --seeds alone, which halves the work of three seeds.
+--set=key=value overrides keys of configs/mqar.py.
+
+What an earlier sweep left in its curves.csv counts as finished, and stands in the table:
+
+  python experiments/mqar_sweep.py --workdir=runs/mqar --more_seeds=1,2 \\
+      --known=experiments/results/mqar/curves.csv --results=experiments/results/mqar
 """
 
-import datetime
 import functools
 import hashlib
 import json
@@ -27,21 +31,23 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from mqar import table
-from mqar.ahead import Ahead
-from mqar.alone import train_alone
-from mqar.ensemble import Ensemble, Member
+from sweeps import recall_table
+from sweeps.alone import train_alone
+from sweeps.curves import Curves, last
+from sweeps.ensemble import Member
+from sweeps.overrides import with_overrides
+from sweeps.runs import Run, Together, train
 
-from rla_jax.evaluation.results import write_rows
+from rla_jax.evaluation.results import read_rows
 from rla_jax.models import LanguageModel
 from rla_jax.training import ConfigError
-from rla_jax.training.command_line import run, unknown_key
-from rla_jax.training.config import check, leaves, model_config
-from rla_jax.training.progress import duration
+from rla_jax.training.command_line import run
+from rla_jax.training.config import model_config
 
 TASKS = ('mqar', 'mqar_reassigned')
 RATES = tuple(float(f'{rate:.4g}') for rate in np.logspace(-3, -1.5, 4))
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = runpy.run_path(str(ROOT / 'configs' / 'mqar.py'))
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the sweep.', required=True)
 _MIXERS = flags.DEFINE_list('mixers', ['delta_net', 'gdn'], 'Mixers of configs/mqar.py.')
@@ -57,20 +63,31 @@ _EVALUATE_EVERY = flags.DEFINE_integer(
 )
 _BUDGET = flags.DEFINE_float('budget', None, 'Seconds after which it stops, to go on later.')
 _SET = flags.DEFINE_multi_string('set', [], 'Overrides of the config, as in --set=steps=1414.')
+_KNOWN = flags.DEFINE_string('known', None, 'curves.csv of an earlier sweep of the same settings.')
+_RESULTS = flags.DEFINE_string('results', None, 'Folder of table and figure; default: --workdir.')
 _TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Only write table and figure again.')
 
 
 def main(_):
-  """Runs the sweep as the flags say, then writes results.csv, results.md and results.png."""
+  """Runs the sweep as the flags say, then writes its curves, table and figure."""
   root = pathlib.Path(_WORKDIR.value)
+  if _KNOWN.value and not pathlib.Path(_KNOWN.value).is_file():
+    raise ConfigError(f'--known={_KNOWN.value}: no such file')
+  known = read_rows(pathlib.Path(_KNOWN.value)) if _KNOWN.value else []
+  curves = Curves(root, known, CONFIG['EPOCHS'])
   if not _TABLE_ONLY.value:
-    sweep(root)
-  rows = table.collect(root)
-  print(table.write(root, rows) if rows else 'no run is finished yet')
+    sweep(root, curves)
+  found = curves.all()
+  if not found:
+    print('no run is finished yet')
+    return
+  folder = pathlib.Path(_RESULTS.value or root)
+  folder.mkdir(parents=True, exist_ok=True)
+  print(recall_table.write(folder, found))
 
 
-def sweep(root: pathlib.Path) -> None:
-  """Trains what is not finished: every mixer and width, then again those with more seeds."""
+def sweep(root: pathlib.Path, curves: Curves) -> None:
+  """Trains what is not finished: width by width every mixer, then again those with more seeds."""
   try:
     members = [Member(float(r), int(s)) for r in _RATES.value for s in _SEEDS.value]
     more_seeds = [int(s) for s in _MORE_SEEDS.value]
@@ -78,85 +95,48 @@ def sweep(root: pathlib.Path) -> None:
     raise ConfigError(f'--rates and the seeds: {error}') from error
   if again := {m.seed for m in members} & set(more_seeds):
     raise ConfigError(f'--more_seeds has {min(again)}, which --seeds has too; expected others')
-  get_config = runpy.run_path(str(ROOT / 'configs' / 'mqar.py'))['get_config']
-  jobs = [(mixer, width) for width in _WIDTHS.value for mixer in _MIXERS.value]
-  configs = {job: _config(get_config, *job) for job in jobs}  # a wrong one fails at once
   begin = time.perf_counter()
 
   def late():
     return _BUDGET.value is not None and time.perf_counter() - begin > _BUDGET.value
 
-  def find(job, is_second):
-    """Folder, config and members of a run; None while its learning rate is not known."""
-    found = members
-    if is_second:
-      curve = _folder(root, job, members) / 'curve.csv'
-      if not curve.exists():
-        return None
-      chosen = table.best_rate(table.last(curve))
-      found = [Member(chosen, seed) for seed in more_seeds]
-    return _folder(root, job, found), configs[job], found
+  def find(first, is_second):
+    """A run; None while its learning rate is not known."""
+    if not is_second:
+      return first
+    known = curves.of(first.folder, first.columns, first.members)
+    if known is None:
+      return None
+    chosen = recall_table.best_rate(last(known))
+    return make(first.config, first.columns, [Member(chosen, seed) for seed in more_seeds])
 
-  plan = [(job, False) for job in jobs] + [(job, True) for job in jobs if more_seeds]
-  ahead = Ahead(_build)
-  for number, (job, is_second) in enumerate(plan):
-    run = find(job, is_second)
-    train = _one_by_one
-    if _TOGETHER.value:
-      later = [found for entry in plan[number + 1 :] if (found := find(*entry))]
-      train = functools.partial(_together, ahead, [r for r in later if not _is_finished(r[0])])
-    if not _train(f'{number + 1} of {len(plan)}', job, run, train, late):
-      return
+  def make(config, columns, members):
+    folder = root / f'{columns["mixer"]}_d{columns["width"]}_{_digest(members)}'
+    return Run(folder, config, tuple(members), columns)
+
+  plan = []
+  for width in _WIDTHS.value:
+    configs = {mixer: _config(mixer, width) for mixer in _MIXERS.value}  # a wrong one fails at once
+    runs = [
+      make(config, _columns(mixer, width, config), members) for mixer, config in configs.items()
+    ]
+    for is_second in (False, True) if more_seeds else (False,):
+      plan += [functools.partial(find, first, is_second) for first in runs]
+  together = Together(_EVALUATE_EVERY.value, late)
+  train(plan, curves, together if _TOGETHER.value else functools.partial(_one_by_one, late), late)
 
 
-def _train(place, job, run, train, late) -> bool:
-  """Trains the members of a mixer and width, or goes on; whether they are finished."""
-  (folder, config, _), (mixer, width) = run, job
-  if _is_finished(folder):
-    print(f'{folder.name}: finished before, {place}')
-    return True
-  if late():
-    print(f'{folder.name}: left for another call, the budget is spent')
-    return False
-  start = time.perf_counter()
-  curve, finished = train(*run, late)
-  common = {
+def _columns(mixer, width, config) -> dict[str, object]:
+  return {
     'task': config.data.path, 'mixer': mixer, 'width': int(width),
     'state_bytes': state_bytes(config),
   }  # fmt: skip
-  rows = [{**common, **row, **provenance()} for row in curve]
-  if not finished:
-    if rows:
-      write_rows(folder / 'unfinished.csv', rows)
-    print(f'{folder.name}: stopped, the budget is spent; the same command goes on')
-    return False
-  write_rows(folder / 'curve.csv', rows)
-  for name in ('state.npz', 'unfinished.csv'):
-    (folder / name).unlink(missing_ok=True)
-  # No time for the others: they differ in width, members and what of them is done.
-  seconds = time.perf_counter() - start
-  print(f'{folder.name}: finished in {duration(seconds)}, {place}', flush=True)
-  return True
 
 
-def _is_finished(folder) -> bool:
-  return (folder / 'curve.csv').exists()
-
-
-def _folder(root, job, members) -> pathlib.Path:
-  """Of a mixer and width; its name tells other members or overrides apart."""
+def _digest(members) -> str:
+  """Tells other members or overrides apart."""
   text = json.dumps([[m.learning_rate, m.seed] for m in members] + _SET.value)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-  return root / f'{job[0]}_d{job[1]}_{digest}'
-
-
-def provenance() -> dict[str, str]:
-  """When and where a run ended."""
-  return {
-    'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
-    'device': f'{jax.device_count()} {jax.devices()[0].device_kind}',
-    'jax': jax.__version__,
-  }
+  return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def state_bytes(config) -> int:
@@ -167,68 +147,26 @@ def state_bytes(config) -> int:
   return sum(4 * x.size for x in jax.tree.leaves(states))
 
 
-def _build(folder, config, members) -> Ensemble:
-  start = time.perf_counter()
-  ensemble = Ensemble(config, members, folder)
-  seconds = duration(time.perf_counter() - start)
-  print(f'{folder.name}: data drawn and programs compiled in {seconds}', flush=True)
-  return ensemble
-
-
-def _together(ahead, later, folder, config, members, late) -> tuple[list[dict], bool]:
-  """The members' curves, and whether they came to the end. The next one is made meanwhile."""
-  ensemble = ahead.take(folder, folder, config, members)
-  if later:
-    ahead.begin(later[0][0], *later[0])
-  first, ready = ensemble.epoch, time.perf_counter()
-
-  def report(line):
-    done, now = ensemble.epoch - first, time.perf_counter() - ready
-    left = now / done * (ensemble.epochs - ensemble.epoch)
-    print(f'{folder.name}  {line}  {duration(now)}, ETA {duration(left)}', flush=True)
-
-  finished = ensemble.run(_EVALUATE_EVERY.value, report, late)
-  return ensemble.curve, finished
-
-
-def _one_by_one(folder, config, members, late) -> tuple[list[dict], bool]:
-  """Likewise, of runs in the training loop."""
+def _one_by_one(late, run, later) -> tuple[list[dict], bool]:
+  """A trainer: the members in the training loop."""
+  del later
   rows = []
-  for member in members:
+  for member in run.members:
     if late():
       return rows, False
     name = f'{member.learning_rate:g}_seed{member.seed}'
-    row = train_alone(config, member, folder / name)
+    row = train_alone(run.config, member, run.folder / name)
     if row is None:
       return rows, False
     rows.append(row)
   return rows, True
 
 
-def _config(get_config, mixer: str, width: str):
-  try:
-    config = get_config(f'{mixer},{width}')
-    changes = dict(_parse(item) for item in _SET.value)
-    for key in changes:
-      if key not in leaves(config):
-        raise ValueError(unknown_key(key, config))
-    config.update_from_flattened_dict(changes)
-  except (ValueError, TypeError) as error:
-    raise ConfigError(' '.join(str(error).split())) from error
+def _config(mixer: str, width: str):
+  config = with_overrides(functools.partial(CONFIG['get_config'], f'{mixer},{width}'), _SET.value)
   if config.data.format != 'synthetic' or config.data.path not in TASKS:
     raise ConfigError(f'data.path is {config.data.path!r}; expected one of {", ".join(TASKS)}')
-  check(config)
   return config
-
-
-def _parse(item: str):
-  key, equals, value = item.partition('=')
-  if not equals:
-    raise ValueError(f'--set={item}; expected key=value')
-  try:
-    return key, json.loads(value)
-  except ValueError:
-    return key, value
 
 
 if __name__ == '__main__':

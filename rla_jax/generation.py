@@ -31,8 +31,15 @@ class Generation(NamedTuple):
   lengths: np.ndarray
 
 
-class _Decoding(NamedTuple):
-  """Carry of the decode loop: next token's logits, cache, tokens made, sequences done."""
+class Decoding(NamedTuple):
+  """Carry of the decode loop.
+
+  Attributes:
+    logits: of the next token [B, S].
+    cache: of the model.
+    count: tokens made.
+    done: sequences that have met their stop token [B].
+  """
 
   logits: Float[Array, 'B S']
   cache: Any
@@ -121,9 +128,9 @@ def stream(
 
   def blocks():
     logits_BS, cache = prefill(model, params, prompts, max_new_tokens + block, chunk=prefill_chunk)
-    state = _Decoding(logits_BS, cache, jnp.int32(0), jnp.zeros(len(prompts), bool))
+    state = Decoding(logits_BS, cache, jnp.int32(0), jnp.zeros(len(prompts), bool))
     for start in range(0, max_new_tokens, block):
-      tokens_BN, state = _decode(
+      tokens_BN, state = decode(
         model, params, state, jax.random.key(seed), jnp.float32(temperature),
         None if top_p is None else jnp.float32(top_p), greedy=temperature == 0, top_k=top_k,
         stop_token=stop_token, steps=block,
@@ -231,10 +238,10 @@ def _read(model, params, tokens_BT, segments_BT, cache):
   static_argnames=('model', 'greedy', 'top_k', 'stop_token', 'steps'),
   donate_argnames='state',
 )
-def _decode(
+def decode(
   model, params, state, key, temperature, top_p, *, greedy, top_k, stop_token, steps
 ):  # fmt: skip
-  """Makes `steps` tokens [B, steps]; returns them and the new carry."""
+  """Makes `steps` tokens [B, steps]; returns them and the new carry; the old one is used up."""
   row_keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(state.done)))
 
   def pick(state):
@@ -253,7 +260,7 @@ def _decode(
     logits_BS, cache = model.apply(
       {'params': params}, token_B[:, None], None, state.cache, method='next_logits'
     )
-    return _Decoding(logits_BS, cache, state.count + 1, done_B), token_B
+    return Decoding(logits_BS, cache, state.count + 1, done_B), token_B
 
   state, tokens_NB = jax.lax.scan(step, state, None, length=steps)
   return tokens_NB.T, state

@@ -34,13 +34,21 @@ def provenance() -> dict[str, str | dict[str, str]]:
   }
 
 
+def today() -> str:
+  """The date in UTC, as 2026-01-31."""
+  return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
 @functools.cache
 def commit() -> str | None:
   """Commit of the checkout that this file belongs to, with `-dirty` if it was changed since.
 
   As it was at the first call, so that results written into the checkout do not count. None: the
-  package is installed without its history.
+  package is installed without its history. Where files were copied without it, the environment
+  variable RLA_JAX_COMMIT says it.
   """
+  if told := os.environ.get('RLA_JAX_COMMIT'):
+    return told
 
   def git(*words):
     command = ['git', '-C', str(pathlib.Path(__file__).parent), *words]

@@ -1,12 +1,12 @@
 """Tokens a second and memory against length: training step, prefill, decode.
 
 A training step takes about as many tokens at every length, in one piece; prefill and decode run as
-many sequences as such a batch holds. Parameters and tokens are random: they do not matter here.
-Training steps are compiled a few at a time, side by side, and timed while nothing is compiled. Time
-is the median of repetitions after a first one. Memory of a training step is what the compiler lays
-out for its arguments, results and temporaries; of prefill and decode it is parameters and cache.
-What does not fit is a row without numbers. On NVIDIA GPUs the training step of softmax attention is
-FlashAttention; with a cache it is XLA's products.
+many sequences as such a batch holds. Parameters, tokens and what a decode finds in its cache do not
+matter here: they are random, or zeros. Programs are compiled a few at a time, side by side, and
+timed while nothing is compiled. Time is the median of repetitions after a first one. Memory of a
+training step is what the compiler lays out for its arguments, results and temporaries; of prefill
+and decode it is parameters and cache. What does not fit is a row without numbers. On NVIDIA GPUs
+training step and prefill of softmax attention are FlashAttention, its decode is XLA's products.
 """
 
 import concurrent.futures
@@ -18,8 +18,9 @@ import math
 import os
 import pathlib
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from ml_collections import ConfigDict
 from rla_jax import generation
 from rla_jax.data import DataError
 from rla_jax.evaluation import figures, results
+from rla_jax.evaluation.provenance import commit, today
 from rla_jax.evaluation.results import Result
 from rla_jax.evaluation.run import Run
 from rla_jax.models import LanguageModel, ModelConfig
@@ -39,9 +41,9 @@ from rla_jax.training.step import train_step
 
 LENGTHS = tuple(2048 * 2**n for n in range(7))  # 2K to 128K
 DECODED, BLOCK = 128, 32  # tokens of a decode, and in one call of it
-REPETITIONS = 5
+REPETITIONS, ENOUGH = 5, 2.0  # times measured; two will do where they took so many seconds
 KINDS = ('train', 'prefill', 'decode')
-COMPILERS = min(8, os.cpu_count() or 1)  # training steps that are compiled side by side
+COMPILERS = min(24, os.cpu_count() or 1)  # programs that are compiled side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +124,10 @@ def measure(
   models = [
     LanguageModel(own if mixer is None else with_mixer(own, mixer)) for mixer in mixers or (None,)
   ]
+  commit()  # before results are written into the checkout
   begin, folder, rows = time.perf_counter(), pathlib.Path(folder), list(known)
   plan = []
-  for kind, model, length in itertools.product(kinds, models, lengths):
+  for kind, model, length in _in_order(kinds, models, lengths):
     count = max(1, batch_tokens // length)
     identity = {
       'kind': kind, 'mixer': ' '.join(dict.fromkeys(model.config.pattern)), 'length': length,
@@ -136,26 +139,30 @@ def measure(
     else:
       start = functools.partial(_prepare, model, count, length, kind, config, chunk)
       plan.append((identity, name, start))
-  for first in range(0, len(plan), COMPILERS):
-    group = plan[first : first + COMPILERS]
+  number = 0
+  for group in _groups(plan):
     if time.perf_counter() - begin > budget:
       say(f'{group[0][1]}: left for another call, the budget is spent')
       break
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
       calls = list(pool.map(_attempt, [start for _, _, start in group]))
     say(f'{len(group)} programs ready {duration(time.perf_counter() - begin)} after the start')
-    for number, ((identity, name, _), call) in enumerate(zip(group, calls, strict=True), first + 1):
-      timing = call and _attempt(call)
-      jax.clear_caches()
+    for (identity, name, start), call in zip(group, calls, strict=True):
+      number += 1
+      # What did not fit beside the others may fit alone.
+      timing = _attempt(call if call else lambda start=start: start()())
       rows.append(identity | {
         'tokens_per_second': timing and timing.rate, 'seconds': timing and timing.seconds,
-        'memory_bytes': timing and timing.memory,
+        'memory_bytes': timing and timing.memory, 'date': today(), 'commit': commit() or 'unknown',
+        'jax': jax.__version__,
       })  # fmt: skip
       results.write_rows(folder / 'throughput.csv', rows)
       rate = 'does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'
       say(f'{number} of {len(plan)}, {name}: {rate}')
-  for kind in kinds:
-    _show(folder, kind, rows)
+    del calls
+    _made_params.cache_clear()
+    jax.clear_caches()
+  draw(folder, kinds, rows)
   return rows
 
 
@@ -183,12 +190,35 @@ def with_fused_attention(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, layer_options={**config.layer_options, **options})
 
 
+def _in_order(kinds, models, lengths) -> list[tuple]:
+  """Training steps, then model by model what else there is: that shares the parameters."""
+  training = [kind for kind in kinds if kind == 'train']
+  others = [kind for kind in kinds if kind != 'train']
+  found = list(itertools.product(training, models, lengths))
+  for model in models:
+    found += itertools.product(others, [model], lengths)
+  return found
+
+
+def _groups(plan: list[tuple]) -> Iterator[list[tuple]]:
+  """Parts of the plan that are compiled side by side; parameters are those of one model."""
+
+  def shared(entry):
+    identity = entry[0]
+    return None if identity['kind'] == 'train' else identity['model']
+
+  for _, entries in itertools.groupby(plan, shared):
+    while group := list(itertools.islice(entries, COMPILERS)):
+      yield group
+
+
 def _prepare(model, count, length, kind, config, chunk) -> Callable[[], Timing]:
-  """What measures; of training, its program is compiled."""
+  """What measures; its programs are compiled."""
   if kind == 'train':
     return prepare_training(model, config, count, length)
-  function = {'prefill': prefill, 'decode': decode}[kind]
-  return functools.partial(function, model, count, length, chunk=chunk)
+  if kind == 'prefill':
+    return prepare_prefill(model, count, length, chunk)
+  return prepare_decode(model, count, length)
 
 
 def prepare_training(
@@ -223,29 +253,52 @@ def prepare_training(
   return run
 
 
-def prefill(model: LanguageModel, count: int, length: int, *, chunk: int) -> Timing:
-  """Reads `count` prompts chunk by chunk, the state carried."""
-  params = _params(model)
-  prompts = _tokens(model, count, length)
-  seconds = _median(lambda: generation.prefill(model, params, prompts, BLOCK, chunk=chunk)[0])
-  return Timing(seconds, count * length, _held(model, params, count, length))
+def prepare_prefill(
+  model: LanguageModel, count: int, length: int, chunk: int
+) -> Callable[[], Timing]:
+  """Likewise of the reading of `count` prompts, chunk by chunk, the state carried.
+
+  FlashAttention reads them in one piece and keeps nothing: with a cache it is XLA's products, whose
+  logits of a chunk alone may not fit.
+  """
+  params, prompts = _params(model), _tokens(model, count, length)
+  fused = LanguageModel(with_fused_attention(model.config))
+
+  def call():
+    if 'attention' in model.config.pattern and fused != model:
+      return _read_at_once(fused, params, prompts)
+    return generation.prefill(model, params, prompts, BLOCK, chunk=chunk)[0]
+
+  jax.block_until_ready(call())
+  held = _held(model, params, count, length)
+  return lambda: Timing(_median(call), count * length, held)
 
 
-def decode(model: LanguageModel, count: int, length: int, *, chunk: int) -> Timing:
-  """Makes tokens behind `count` prompts; the reading does not count."""
-  params = _params(model)
-  prompts = _tokens(model, count, length)
-  blocks = generation.stream(
-    model, params, prompts, DECODED + BLOCK, temperature=0.0, prefill_chunk=chunk, block=BLOCK
-  )
-  next(blocks)  # reads, and compiles
-  times = []
-  for _ in range(DECODED // BLOCK):
-    begin = time.perf_counter()
-    next(blocks)
-    times.append(time.perf_counter() - begin)
-  held = _held(model, params, count, length + DECODED + BLOCK)
-  return Timing(statistics.median(times), count * BLOCK, held)
+@functools.partial(jax.jit, static_argnums=0)
+def _read_at_once(model, params, tokens_BT):
+  return model.apply({'params': params}, tokens_BT, None, None, method='next_logits')[0]
+
+
+def prepare_decode(model: LanguageModel, count: int, length: int) -> Callable[[], Timing]:
+  """Likewise of a block of tokens of `count` sequences, whose cache holds `length` tokens."""
+  params, room = _params(model), length + DECODED + BLOCK
+  held = _held(model, params, count, room)
+
+  def times(blocks):
+    cache = model.init_cache(count, room)
+    logits_BS = jnp.zeros((count, model.config.vocab_size), jnp.float32)
+    state = generation.Decoding(logits_BS, cache, jnp.int32(0), jnp.zeros(count, bool))
+    for _ in range(blocks):
+      begin = time.perf_counter()
+      tokens_BN, state = generation.decode(
+        model, params, state, jax.random.key(0), jnp.float32(0), None, greedy=True, top_k=None,
+        stop_token=None, steps=BLOCK,
+      )  # fmt: skip
+      jax.block_until_ready(tokens_BN)
+      yield time.perf_counter() - begin
+
+  list(times(1))
+  return lambda: Timing(statistics.median(times(DECODED // BLOCK)), count * BLOCK, held)
 
 
 def _held(model: LanguageModel, params, count: int, length: int) -> int:
@@ -265,8 +318,8 @@ def _attempt(function: Callable):
 
 def _median(call: Callable[[], jax.Array]) -> float:
   jax.block_until_ready(call())
-  times = []
-  for _ in range(REPETITIONS):
+  times: list[float] = []
+  while len(times) < min(REPETITIONS, 2) or (len(times) < REPETITIONS and sum(times) < ENOUGH):
     begin = time.perf_counter()
     jax.block_until_ready(call())
     times.append(time.perf_counter() - begin)
@@ -281,8 +334,16 @@ def _memory(compiled) -> int | None:
   return arguments - found.alias_size_in_bytes + found.temp_size_in_bytes
 
 
-@functools.lru_cache(maxsize=1)
 def _params(model: LanguageModel):
+  with _LOCK:  # or threads that ask for the same would each make it
+    return _made_params(model)
+
+
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def _made_params(model: LanguageModel):
   one = jnp.zeros((1, 1), jnp.int32)
   return jax.jit(lambda key: model.init(key, one)['params'])(jax.random.key(0))
 
@@ -296,14 +357,15 @@ def _digest(config: ModelConfig) -> str:
   return f'sha256:{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}'
 
 
-def _show(folder: pathlib.Path, kind: str, rows: list[dict]) -> None:
+def draw(folder: pathlib.Path, kinds: Sequence[str], rows: Sequence[dict]) -> None:
+  """Draws throughput_KIND.png and memory_KIND.png of what fits, for each of the kinds."""
   figures_of = {
     'throughput': ('tokens_per_second', 1, 'tokens a second'),
     'memory': ('memory_bytes', 2**30, 'GiB'),
   }
-  for name, (column, unit, label) in figures_of.items():
+  for kind, (name, (column, unit, label)) in itertools.product(kinds, figures_of.items()):
     lines: dict[str, tuple[list, list]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row['length']):
       if row['kind'] == kind and row[column] is not None:
         x, y = lines.setdefault(row['mixer'], ([], []))
         x.append(row['length'])

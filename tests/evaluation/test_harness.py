@@ -173,7 +173,7 @@ def test_recall_tasks_run_in_few_programs(data_dir, tmp_path):
   lm, _ = bigram_lm()
   settings = Settings(data_dir=str(data_dir), limit=6, batch_size=2)
   run = Run(TRAINED, lm.scorer, settings, tmp_path)
-  programs = generation._read, generation._decode
+  programs = generation._read, generation.decode
   for program in programs:
     program.clear_cache()
   results, skipped = harness.evaluate(run, 'recall', ['squad', 'nq', 'drop', 'triviaqa', 'fda'])

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from rla_jax.data import DataError
-from rla_jax.evaluation import Settings, run_suites, suites
+from rla_jax.evaluation import Settings, provenance, run_suites, suites
 from rla_jax.evaluation.results import Result, markdown
 from rla_jax.training import get_config
 from rla_jax.training.trained import TrainedModel
@@ -93,3 +93,10 @@ def test_tables_stand_beside_published_rows_of_the_same_metric():
 def test_not_finite_numbers_are_null_in_json(tmp_path):
   suites.results.write(tmp_path, [Result('s', 't', 'm', float('inf'), 1)], {})
   assert json.loads((tmp_path / 'results.json').read_text())['results'][0]['value'] is None
+
+
+def test_files_without_their_history_say_the_commit_by_a_variable(monkeypatch):
+  monkeypatch.setenv('RLA_JAX_COMMIT', '0123abc')
+  assert provenance.commit.__wrapped__() == '0123abc'
+  monkeypatch.delenv('RLA_JAX_COMMIT')
+  assert provenance.commit.__wrapped__() != '0123abc'

@@ -5,15 +5,17 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rla_jax import generation
 from rla_jax.data import DataError
 from rla_jax.data.synthetic import multi_query_recall, tasks
 from rla_jax.evaluation import run_suites, suites, synthetic, throughput
 from rla_jax.evaluation.results import read_rows
 from rla_jax.evaluation.run import Settings
-from rla_jax.models import ModelConfig
+from rla_jax.models import LanguageModel, ModelConfig
 from rla_jax.training import get_config
 from rla_jax.training.trained import TrainedModel
 from tests.evaluation import models
@@ -107,25 +109,28 @@ def test_throughput_measures_what_is_missing_until_the_budget_is_spent(monkeypat
   model = ModelConfig(vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8)
   asked = []
 
-  def prefill(model, count, length, *, chunk):
+  def prepare(model, count, length, chunk):
     asked.append((count, length))
     if length == 32:
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
-    return throughput.Timing(0.5, 16, 100)
+    return lambda: throughput.Timing(0.5, 16, 100)
 
-  monkeypatch.setattr(throughput, 'prefill', prefill)
+  monkeypatch.setattr(throughput, 'prepare_prefill', prepare)
   measure = functools.partial(
     throughput.measure, model, get_config(), tmp_path, batch_tokens=32, kinds=['prefill']
   )
   rows = measure(lengths=[8, 32])
-  assert asked == [(4, 8), (1, 32)]
+  assert sorted(asked) == [(1, 32), (1, 32), (4, 8)]  # the second time alone
   assert [r['tokens_per_second'] for r in rows] == [32.0, None]
   known = read_rows(tmp_path / 'throughput.csv')
   assert known == rows
+  (tmp_path / 'throughput_prefill.png').unlink()
+  throughput.draw(tmp_path, ['prefill', 'decode'], known)
+  assert (tmp_path / 'throughput_prefill.png').exists()
   assert len(measure(lengths=[8, 16, 32], known=known)) == 3
-  assert asked[2:] == [(2, 16)]
+  assert asked[3:] == [(2, 16)]
   assert len(measure(lengths=[8, 64], known=known, mixers=['gdn'], budget=-1.0)) == 2
-  assert len(asked) == 3
+  assert len(asked) == 4
   with pytest.raises(DataError, match="kind 'decod'; expected some of train, prefill, decode"):
     measure(kinds=['decod'])
 
@@ -148,11 +153,51 @@ def test_throughput_measures_what_was_compiled_beyond_the_budget(monkeypatch, tm
   assert [row['length'] for row in rows] == [8, 16]
 
 
+def test_throughput_takes_what_fits_alone_and_one_model_s_parameters_at_a_time(
+  monkeypatch, tmp_path
+):
+  """Programs that are compiled side by side may not fit beside each other."""
+  asked = []
+
+  def prepare(model, count, length, kind, *_):
+    asked.append((kind, *model.config.pattern))
+    if (kind, length) == ('decode', 8) and len(asked) < 4:
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
+    return lambda: throughput.Timing(0.5, count * length, 100)
+
+  monkeypatch.setattr(throughput, '_prepare', prepare)
+  monkeypatch.setattr(throughput, 'COMPILERS', 1)
+  model = ModelConfig(vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8)
+  rows = throughput.measure(
+    model, get_config(), tmp_path, lengths=[8], mixers=['gdn', 'rdn'], kinds=['decode', 'train']
+  )
+  assert asked == [
+    ('train', 'gdn'), ('train', 'rdn'), ('decode', 'gdn'), ('decode', 'gdn'), ('decode', 'rdn')
+  ]
+  assert all(row['tokens_per_second'] for row in rows)
+  entries = [({'kind': kind, 'model': model}, '', None) for kind, model in (
+    ('train', 'a'), ('train', 'b'), ('prefill', 'a'), ('decode', 'a'), ('prefill', 'b')
+  )]  # fmt: skip
+  monkeypatch.setattr(throughput, 'COMPILERS', 8)
+  assert [len(group) for group in throughput._groups(entries)] == [2, 2, 1]
+
+
+def test_long_calls_are_timed_twice(monkeypatch):
+  now = [0.0]
+
+  def call():
+    now[0] += 5
+    return jnp.zeros(())
+
+  monkeypatch.setattr(throughput.time, 'perf_counter', lambda: now[0])
+  assert throughput._median(call) == 5.0 and now[0] == 15.0
+
+
 def test_throughput_stops_at_other_errors(monkeypatch, tmp_path):
-  def prefill(*args, **kwargs):
+  def prepare(*args):
     raise jax.errors.JaxRuntimeError('no')
 
-  monkeypatch.setattr(throughput, 'prefill', prefill)
+  monkeypatch.setattr(throughput, 'prepare_prefill', prepare)
   model = ModelConfig(vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8)
   with pytest.raises(jax.errors.JaxRuntimeError, match='no'):
     throughput.measure(model, get_config(), tmp_path, lengths=[8], kinds=['prefill'])
@@ -177,3 +222,16 @@ def test_softmax_layers_are_fused_where_the_device_can(monkeypatch):
   assert fused.attributes_of('rdn')['implementation'] is None
   wide = dataclasses.replace(config, dtype='float32')  # the kernel takes half types only
   assert throughput.with_fused_attention(wide) == wide
+
+
+def test_fused_attention_reads_a_prompt_in_one_piece(monkeypatch):
+  model, params = models.small(pattern=('attention',))
+  prompts = throughput._tokens(model, 2, 8)
+  other = dataclasses.replace(model.config, layer_options={'attention': {'implementation': 'xla'}})
+  pieces, _ = generation.prefill(model, params, prompts, chunk=4)
+  whole = throughput._read_at_once(LanguageModel(other), params, prompts)
+  np.testing.assert_allclose(whole, pieces, rtol=1e-5, atol=1e-5)
+  monkeypatch.setattr(throughput, '_params', lambda model: params)
+  monkeypatch.setattr(throughput, 'with_fused_attention', lambda config: other)
+  monkeypatch.setattr(generation, 'prefill', None)
+  assert throughput.prepare_prefill(model, 2, 8, 4)().tokens == 16

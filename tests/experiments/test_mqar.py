@@ -21,13 +21,14 @@ from rla_jax.training.trained import load
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'experiments'))
 
-from mqar import table  # noqa: E402
-from mqar.ahead import Ahead  # noqa: E402
-from mqar.alone import train_alone  # noqa: E402
-from mqar.arrays import evaluation_arrays, training_arrays  # noqa: E402
-from mqar.ensemble import Ensemble, Member  # noqa: E402
+from sweeps import recall_table as table  # noqa: E402
+from sweeps.ahead import Ahead  # noqa: E402
+from sweeps.alone import train_alone  # noqa: E402
+from sweeps.arrays import evaluation_arrays, training_arrays  # noqa: E402
+from sweeps.curves import Curves, last  # noqa: E402
+from sweeps.ensemble import Ensemble, Member  # noqa: E402
 
-from rla_jax.evaluation.results import write_rows  # noqa: E402
+from rla_jax.evaluation.results import read_rows, write_rows  # noqa: E402
 
 RATE = 0.01
 
@@ -117,11 +118,74 @@ def test_the_command_trains_once_and_writes_its_table(config, tmp_path, capsys, 
   again = capsys.readouterr().out
   assert re.findall(r': finished before, (.*)', again) == ['1 of 2', '2 of 2']
   curves = list(tmp_path.glob('delta_net_d32_*/curve.csv'))
-  rates, more = sorted((table.last(path) for path in curves), key=len, reverse=True)
+  rates, more = sorted((last(read_rows(path)) for path in curves), key=len, reverse=True)
   assert [(r['epoch'], r['learning_rate'], r['seed']) for r in rates] == [(2, 0.1, 0), (2, 0.01, 0)]
   best = max(rates, key=lambda r: r['accuracy'])['learning_rate']
   assert [(r['epoch'], r['learning_rate'], r['seed']) for r in more] == [(2, best, 1)]
   assert not list(tmp_path.glob('*/state.npz'))
+
+
+def test_known_curves_are_finished_and_stand_in_the_table(tmp_path):
+  def row(mixer, rate, seed, epoch, accuracy, **more):
+    return {
+      'task': 'mqar', 'mixer': mixer, 'width': 64, 'state_bytes': 8192, 'epoch': epoch,
+      'learning_rate': rate, 'seed': seed, 'loss': 1.0, 'accuracy': accuracy, 'L64 N4': accuracy,
+      'date': '2026-01-02', 'device': '1 TPU', 'jax': '0.1', **more,
+    }  # fmt: skip
+
+  old = [
+    row('gdn', rate, seed, epoch, rate, commit='0123abc')
+    for rate, seed, epoch in ((0.1, 0, 16), (0.1, 0, 32), (0.2, 0, 32), (0.2, 1, 16), (0.3, 0, 32))
+  ]
+  curves = Curves(tmp_path, old, epochs=32)
+  columns = {'task': 'mqar', 'mixer': 'gdn', 'width': 64, 'state_bytes': 8192}
+  found = curves.of(tmp_path / 'x', columns, [Member(0.1, 0), Member(0.2, 0)])
+  assert [(r['learning_rate'], r['epoch']) for r in found] == [(0.1, 16), (0.1, 32), (0.2, 32)]
+  assert curves.of(tmp_path / 'x', columns, [Member(0.2, 0), Member(0.2, 1)]) is None, 'stopped'
+  assert curves.of(tmp_path / 'x', {**columns, 'width': 128}, [Member(0.2, 0)]) is None
+  (tmp_path / 'x').mkdir()
+  write_rows(tmp_path / 'x' / 'curve.csv', [row('gdn', 0.3, 0, 32, 0.9)])  # trained again
+  assert curves.of(tmp_path / 'x', columns, [Member(0.3, 0)])[0]['accuracy'] == 0.9
+  text = table.write(tmp_path, curves.all())
+  assert '| mqar | gdn | 64 | 8,192 | 0.900 |' in text
+  assert 'jax 0.1, commit 0123abc: gdn 64 (seed 0).' in text
+  assert 'jax 0.1, commit unknown: gdn 64 (seed 0).' in text
+  rows = read_rows(tmp_path / 'curves.csv')
+  assert len(rows) == 4 and Curves(tmp_path / 'y', rows, epochs=32).all()
+
+
+def test_a_width_is_finished_before_the_next(monkeypatch, tmp_path):
+  """Its further seeds too: so a sweep that is stopped has whole rows."""
+  import mqar_sweep
+
+  trained = []
+
+  def trainer(self, run, later):
+    trained.append((run.columns['mixer'], run.columns['width'], [m.seed for m in run.members]))
+    run.folder.mkdir(parents=True)
+    return [
+      {'epoch': 32, 'learning_rate': m.learning_rate, 'seed': m.seed, 'accuracy': 0.5, 'L8 N1': 0.5}
+      for m in run.members
+    ], True
+
+  monkeypatch.setattr(mqar_sweep.Together, '__call__', trainer)
+  arguments = [
+    'mqar_sweep', f'--workdir={tmp_path}', '--mixers=gdn,rdn', '--widths=32,64', '--rates=0.1',
+    '--more_seeds=1', f'--results={tmp_path}/results',
+  ]  # fmt: skip
+  with flagsaver.flagsaver():
+    flags.FLAGS(arguments)
+    mqar_sweep.main(None)
+    assert trained == [
+      (mixer, width, [seed]) for width in (32, 64) for seed in (0, 1) for mixer in ('gdn', 'rdn')
+    ]
+    known = tmp_path / 'results' / 'curves.csv'
+    flags.FLAGS([*arguments, f'--workdir={tmp_path}/new', f'--known={known}', '--more_seeds=1,2'])
+    mqar_sweep.main(None)
+    assert trained[8:] == [(mixer, w, [1, 2]) for w in (32, 64) for mixer in ('gdn', 'rdn')]
+    flags.FLAGS([*arguments, f'--known={tmp_path}/no.csv'])
+    with pytest.raises(ConfigError, match=r'no\.csv: no such file'):
+      mqar_sweep.main(None)
 
 
 def test_what_is_made_ahead_is_made_once_and_raises_where_it_is_taken():
@@ -179,7 +243,7 @@ def test_the_table_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
   ]  # fmt: skip
   (tmp_path / 'a').mkdir()
   write_rows(tmp_path / 'a' / 'curve.csv', rows)
-  found = table.collect(tmp_path)
+  found = last(Curves(tmp_path).all())
   assert len(found) == 4 and {row['epoch'] for row in found} == {32}
   (record,) = table.best(found)
   assert (record['learning_rate'], record['seeds'], record['published']) == (0.001, 2, 0.890)
@@ -187,7 +251,7 @@ def test_the_table_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
   line = '| mqar | gdn | 64 | 16,384 | 0.600 ± 0.141 | 0.890 | 0.001 | 2 | 32 |'
   assert line in table.table(found)
   assert 'epochs | L64 N16 | L128 N8 |' in table.table(found)
-  assert 'Measured 2026-01-02, 1 TPU, jax 0.1.' in table.table(found)
+  assert 'Measured 2026-01-02, 1 TPU, jax 0.1, commit unknown: gdn 64 (' in table.table(found)
   (record,) = table.best([row | {'task': 'mqar_reassigned'} for row in found])
   assert record['published'] is None
   table.figure(tmp_path / 'results.png', found)

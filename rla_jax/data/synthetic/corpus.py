@@ -80,7 +80,7 @@ class SyntheticCorpus:
     for examples in (*self.train.sets, *self.validation.sets):
       digest.update(examples.tokens.tobytes())
       digest.update(examples.targets.tobytes())
-    probe = self._order(1000, config.seed)
+    probe = self.order(1000, config.seed)
     entries = {
       'task': config.path, 'version': VERSION, 'tokens': digest.hexdigest(),
       'seq_len': config.seq_len, 'batch_size': config.batch_size, 'seed': config.seed,
@@ -98,14 +98,14 @@ class SyntheticCorpus:
     def assemble(number):
       return _batch(self.train.sets, pieces[number], config.batch_size, config.seq_len, rows)
 
-    batches = self._order(len(pieces), config.seed)[start_step:].map(assemble)
+    batches = self.order(len(pieces), config.seed)[start_step:].map(assemble)
     options = grain.ReadOptions(
       num_threads=config.num_threads, prefetch_buffer_size=config.prefetch_batches
     )
     return iter(batches.to_iter_dataset(options))
 
-  def _order(self, count: int, seed: int) -> grain.MapDataset:
-    """Numbers of batches, epoch after epoch."""
+  def order(self, count: int, seed: int) -> grain.MapDataset:
+    """Numbers of the `count` batches, epoch after epoch."""
     if self.shuffled:
       return shuffled_rows(count, seed)
     return grain.MapDataset.range(count).repeat(max(1, 2**40 // count))

@@ -7,31 +7,23 @@ import numpy as np
 
 from rla_jax.evaluation.figures import curves
 from rla_jax.evaluation.published import MQAR
-from rla_jax.evaluation.results import read_rows, write_rows
+from rla_jax.evaluation.results import write_rows
+from sweeps.curves import last
+from sweeps.remarks import measured, write_above_remarks
 
 
-def write(root: pathlib.Path, rows: list[dict]) -> str:
-  """Writes results.csv, results.md and results.png of a sweep; returns the table."""
+def write(root: pathlib.Path, curves: list[dict]) -> str:
+  """Writes curves.csv, results.csv, results.md and results.png of a sweep; returns the table.
+
+  What stands below a line `## Remarks` of a results.md that is there stays.
+  """
+  write_rows(root / 'curves.csv', curves)
+  rows = last(curves)
   write_rows(root / 'results.csv', rows)
   text = table(rows)
-  (root / 'results.md').write_text(text)
+  write_above_remarks(root / 'results.md', text)
   figure(root / 'results.png', rows)
   return text
-
-
-def collect(root: pathlib.Path) -> list[dict]:
-  """The last record of every finished run."""
-  found = []
-  for path in sorted(root.glob('*/curve.csv')):
-    found += last(path)
-  return found
-
-
-def last(path: pathlib.Path) -> list[dict]:
-  """The last record of every run in a file of curves."""
-  rows = read_rows(path)
-  epoch = max(row['epoch'] for row in rows)
-  return [row for row in rows if row['epoch'] == epoch]
 
 
 def best_rate(rows: list[dict]) -> float:
@@ -99,9 +91,7 @@ def table(rows: list[dict]) -> str:
   lines += ['seeds that all rates have (if none, by those of each); mean ± standard deviation over']
   lines += ['its seeds.']
   lines += ['Published: read off a figure, ± 0.003.']
-  where = sorted({f'{r["date"]}, {r["device"]}, jax {r["jax"]}' for r in rows})
-  lines += ['', *(f'Measured {place}.' for place in where), '']
-  return '\n'.join(lines)
+  return '\n'.join([*lines, '', *measured(rows, ('mixer', 'width')), ''])
 
 
 def figure(path: pathlib.Path, rows: list[dict]) -> None:

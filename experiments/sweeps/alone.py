@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mqar.ensemble import Member
 from rla_jax import data
 from rla_jax.evaluation.synthetic import correct
 from rla_jax.models import LanguageModel
 from rla_jax.training import train_and_evaluate
 from rla_jax.training.config import check, model_config
 from rla_jax.training.metrics import read
+from sweeps.ensemble import Member
 
 
 def train_alone(config: ConfigDict, member: Member, folder: str | os.PathLike) -> dict | None:

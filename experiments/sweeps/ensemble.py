@@ -6,9 +6,9 @@ that the training loop would dispatch and feed one by one. Here all members (lea
 seeds) of a mixer at a width take a step together on the same batch, `lax.scan` runs a set of
 batches in one dispatch, and several devices share the members.
 
-Step, model, optimiser, initialisation and data are those of `rla_jax.training`: a member equals the
-run of its config up to rounding (tested). Only the loop is another one, and logits exist only where
-there is a target.
+Step, model, optimiser, initialisation, data and their order are those of `rla_jax.training`: a
+member equals the run of its config up to rounding (tested). Only the loop is another one, and
+logits exist only where there is a target.
 """
 
 import concurrent.futures
@@ -28,7 +28,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mqar.arrays import evaluation_arrays, shapes_of, training_arrays
 from rla_jax.data import DataConfig
 from rla_jax.data.synthetic.corpus import SyntheticCorpus
 from rla_jax.models import LanguageModel
@@ -37,6 +36,7 @@ from rla_jax.training.config import check, leaves, model_config
 from rla_jax.training.optimizer import make_optimizer
 from rla_jax.training.state import initializer
 from rla_jax.training.step import train_step
+from sweeps.arrays import evaluation_arrays, shapes_of, training_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Ensemble:
       folder: for the state; made if need be.
 
     Raises:
-      ConfigError: the steps are less than an epoch.
+      ConfigError: the steps are less than an epoch, or several sets are shuffled into each other.
       ValueError: the folder holds another ensemble.
     """
     self._config, self.members = config, tuple(members)
@@ -85,11 +85,12 @@ class Ensemble:
     member_step = functools.partial(_member_step, self._model, optimizer, config)
     mesh = _mesh(len(self.members))
     mine, everybody = P('members'), P()
-    self._place = NamedSharding(mesh, mine)
+    self._place, self._everybody = NamedSharding(mesh, mine), NamedSharding(mesh, everybody)
     over_devices = functools.partial(jax.shard_map, mesh=mesh, out_specs=mine, check_vma=False)
     self._train = jax.jit(
       over_devices(
-        functools.partial(_train_set, member_step), in_specs=(mine, mine, mine, everybody)
+        functools.partial(_train_set, member_step),
+        in_specs=(mine, mine, mine, everybody, everybody),
       ),
       donate_argnums=0,
     )
@@ -101,11 +102,13 @@ class Ensemble:
         training_arrays(corpus.train.sets, config.data.batch_size),
         evaluation_arrays(corpus.validation.sets, len(self.members)),
       ),
-      NamedSharding(mesh, everybody),
+      self._everybody,
     )
     if not self.epochs:
-      epoch = sum(len(s['mask']) for s in self._train_sets)
-      raise ConfigError(f'steps is {config.steps}; expected at least an epoch, {epoch}')
+      raise ConfigError(f'steps is {config.steps}; expected at least an epoch, {self._epoch_steps}')
+    if corpus.shuffled and len(self._train_sets) > 1:
+      raise ConfigError(f'data.path is {config.data.path!r}, whose sets are shuffled; expected one')
+    self._order = corpus.order(self._epoch_steps, config.data.seed) if corpus.shuffled else None
     self._rates, self._seeds = jax.device_put((self._rates, self._seeds), self._place)
     init = jax.vmap(lambda seed: initializer(self._model, optimizer)(jax.random.key(seed)))
     self._state = jax.jit(init, out_shardings=self._place)(self._seeds)
@@ -116,7 +119,11 @@ class Ensemble:
   @property
   def epochs(self) -> int:
     """Epochs of the whole run."""
-    return self._config.steps // sum(len(s['mask']) for s in self._train_sets)
+    return self._config.steps // self._epoch_steps
+
+  @property
+  def _epoch_steps(self) -> int:
+    return sum(len(arrays['mask']) for arrays in self._train_sets)
 
   def run(
     self,
@@ -178,7 +185,8 @@ class Ensemble:
     """The programs by the shapes of a set, compiled side by side."""
     jobs = {}
     for arrays in self._train_sets:
-      jobs[shapes_of(arrays)] = (self._train, (self._state, self._rates, self._seeds, arrays))
+      arguments = self._state, self._rates, self._seeds, arrays, self._numbers(arrays)
+      jobs[shapes_of(arrays)] = self._train, arguments
     for batches in self._test_sets.values():
       jobs[shapes_of(batches[0])] = (self._score, (self._state.params, batches[0]))
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
@@ -193,9 +201,18 @@ class Ensemble:
     sums = 0.0
     for arrays in self._train_sets:
       program = self._compiled[shapes_of(arrays)]
-      self._state, losses = program(self._state, self._rates, self._seeds, arrays)
+      numbers = self._numbers(arrays)
+      self._state, losses = program(self._state, self._rates, self._seeds, arrays, numbers)
       sums += losses
-    return np.asarray(sums) / sum(len(s['mask']) for s in self._train_sets)
+    return np.asarray(sums) / self._epoch_steps
+
+  def _numbers(self, arrays) -> jax.Array:
+    """The batches of a set in the order of this epoch."""
+    count = len(arrays['mask'])
+    numbers = np.arange(count, dtype=np.int32)
+    if self._order is not None:
+      numbers = np.array([self._order[self.epoch * count + i] for i in range(count)], np.int32)
+    return jax.device_put(numbers, self._everybody)
 
   def _evaluate(self, losses: np.ndarray) -> None:
     found = {}
@@ -246,14 +263,15 @@ def _loss_sums(model, params, batch):
   return (batch['mask'] * nll_BN).sum(), batch['mask'].sum()
 
 
-def _train_set(member_step, states, rates, seeds, batches):
-  """All batches of a set, one step each. Returns the states and each member's sum of losses."""
+def _train_set(member_step, states, rates, seeds, batches, numbers):
+  """The batches of these numbers, one step each. Returns states, each member's sum of losses."""
 
-  def body(states, batch):
+  def body(states, number):
+    batch = jax.tree.map(lambda x: x[number], batches)
     states, results = jax.vmap(member_step, in_axes=(0, 0, 0, None))(states, rates, seeds, batch)
     return states, results['loss']
 
-  states, losses = jax.lax.scan(body, states, batches)
+  states, losses = jax.lax.scan(body, states, numbers)
   return states, losses.sum(axis=0)
 
 
@@ -268,6 +286,6 @@ def _correct(model, params, batch):
   return jax.vmap(of)(params)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _corpus(config: DataConfig) -> SyntheticCorpus:
   return SyntheticCorpus.load(config)

@@ -1,1 +1,0 @@
-"""Parts of `experiments/mqar_sweep.py`: runs that train together, their arrays, the table."""

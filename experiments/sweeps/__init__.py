@@ -1,0 +1,1 @@
+"""Parts of the sweeps in `experiments/`: runs that train together, their curves, the tables."""
