@@ -163,12 +163,13 @@ def forward_kernel(
       if CLIP is not None:
         if SAVE:
           passes = (tl.abs(r) < CLIP).to(tl.int32)
-          words = passes_ptr + chunk * (WORDS * V) + first_value
-          store_bits(words, e, is_value, passes, V, C)
         r = tl.minimum(tl.maximum(r, -CLIP), CLIP)
     o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     write = tl.load(gates + BASE_OUT * C + i)[None, :] * F
     S = written(write, k, decay_all * S, DELTA, dtype, PRECISION)
+    if SAVE:
+      if RESIDUAL and CLIP is not None:
+        store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
     if RESIDUAL:
       R_low = R.to(dtype)
       read = tl.load(gates + RESIDUAL_READ * C + i)[None, :]
