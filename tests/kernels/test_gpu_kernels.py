@@ -137,9 +137,9 @@ def assert_close(name, x, reference, bar):
 
 
 def unpacked(words_BHCWV, chunk):
-  """Tokens [B, T, H, V] of a mask that has a bit a token, 32 tokens a word."""
+  """Tokens [B, T, H, V] of a mask that has a bit a token, 16 tokens a word."""
   token = np.arange(chunk)
-  bits = words_BHCWV[:, :, :, token // 32] >> (token % 32)[:, None] & 1
+  bits = words_BHCWV[:, :, :, token // 16] >> (token % 16)[:, None] & 1
   B, H, C, _, V = bits.shape
   return np.moveaxis(bits.reshape(B, H, C * chunk, V), 1, 2) != 0
 
@@ -288,7 +288,7 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     'INVERSE': 1, 'QUERY_READ': 0, 'KEY_READ': 7, 'OUT': 2,
     'PREDICTION': 2 + delta if residual else None, 'PREDICTED': False,
   }  # fmt: skip
-  kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i32'}
+  kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i16'}
   kinds |= dict.fromkeys(FLOAT32, '*fp32') | dict.fromkeys(SCALARS, 'i32')
   if word == 'combine':
     kinds['states_ptr'] = '*fp32'

@@ -38,7 +38,7 @@ SAVED_NAME = 'residual_attention_saved'
 INPUTS = ('BTGK', 'BTGK', 'BTHV', 'BTH', 'BTH', 'BTH', 'BHKV', 'BHKV', 'BT')
 OUTPUTS = ('BTHV', 'BHKV', 'BHKV')
 # States before every span of chunks, errors of both states, where the residual passes the clip: a
-# bit a token, in words of 32 for every chunk and value.
+# bit a token, in words of 16 for every chunk and value.
 SAVED = ('BHNVK', 'BHNVK', 'BTHV', 'BTHV', 'BHCWV')
 
 
@@ -205,7 +205,7 @@ def _walk(call, prepared, split, base, residual, *, output, save):
   keep_passes = keep_residual and config.clip is not None
   states, nothing = (call.B, call.H, call.spans, call.V, call.K), (1,)
   chunks = call.spans * config.blocks.span
-  words = (call.B, call.H, chunks, -(-config.blocks.chunk // 32), call.V)
+  words = (call.B, call.H, chunks, config.blocks.chunk // 16, call.V)
   o, base_out, residual_out, *saved = call.launch(
     forward_kernel,
     *(call.q, call.k, v, squares, gates, base, residual if has_residual else base),
@@ -218,7 +218,7 @@ def _walk(call, prepared, split, base, residual, *, output, save):
       _array(states if keep_residual else nothing, v.dtype),
       _array(v.shape if keep_base_error else nothing, v.dtype),
       _array(v.shape if keep_residual else nothing, v.dtype),
-      _array(words if keep_passes else nothing, jnp.int32),
+      _array(words if keep_passes else nothing, jnp.int16),
     ),
     programs=call.walk(block, split),
     block=block,

@@ -82,7 +82,7 @@ def forward_kernel(
   OUTPUT only final states are wanted, of all parts but the last.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-  WORDS: tl.constexpr = (C + 31) // 32
+  WORDS: tl.constexpr = C // 16
   sequence = tl.program_id(0) // TILES
   first = 0
   last = chunks
@@ -162,7 +162,7 @@ def forward_kernel(
       r = v - decay_before * X - tl.dot(y, prediction, input_precision=PRECISION)
       if CLIP is not None:
         if SAVE:
-          passes = (tl.abs(r) < CLIP).to(tl.int32)
+          passes = tl.where(tl.abs(r) < CLIP, 1.0, 0.0).to(dtype)
         r = tl.minimum(tl.maximum(r, -CLIP), CLIP)
     o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     write = tl.load(gates + BASE_OUT * C + i)[None, :] * F

@@ -75,7 +75,7 @@ def sweep_kernel(
   whose sweep knows the gradient of the prediction, -gamma dz where the residual passes the clip.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-  WORDS: tl.constexpr = (C + 31) // 32
+  WORDS: tl.constexpr = C // 16
   sequence = tl.program_id(0) // TILES
   first = 0
   last = chunks
