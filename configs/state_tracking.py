@@ -2,19 +2,25 @@
 
 Reproduces: DeltaNet's parity at beta in (0, 1) and (0, 2): 0.017 and 1.0 scaled accuracy
   (arXiv:2411.12537), 0.51 and 1.0 as a share of right answers.
-Command: python experiments/train.py --config=configs/state_tracking.py:delta_net,parity
-  --workdir=runs/parity, then python experiments/evaluate.py --workdir=runs/parity
-  --suite=state_tracking. The third word of the config string widens beta's range:
-  --config=configs/state_tracking.py:delta_net,parity,negative
+Command: python experiments/state_tracking_sweep.py --workdir=runs/tracking
+  or one run: python experiments/train.py --workdir=runs/parity
+  --config=configs/state_tracking.py:delta_net,parity,negative, then python experiments/evaluate.py
+  --workdir=runs/parity --suite=state_tracking. The third word of the config string makes the range
+  of beta (0, 2).
 Hardware: one GPU, or a CPU for a smaller --config.steps.
-Wall time: not yet run at full length.
-Result: not yet run at full length.
+Wall time: not yet run at full length. 600 steps of 64 examples take 3 to 5 minutes on a CPU.
+Result: not yet run at full length. After those steps delta_net says 0.748, 0.623 and 0.562 of
+  parity right at 64, 128 and 256 tokens with beta in (0, 1), and 1.000, 1.000 and 0.977 in (0, 2),
+  which the loss shows from step 120 on; after 1200 of modular arithmetic 0.545, 0.529 and 0.504,
+  and 0.551, 0.533 and 0.515; and nothing of permutations (one seed, warm-up of 100 steps, commit
+  4307f64).
 """
 
 from rla_jax.layers import registry
 from rla_jax.training import get_config as get_base_config
 
 TASKS = ('parity', 'modular_arithmetic', 'permutations')
+EPOCHS, STEPS_AN_EPOCH = 6, 782
 
 
 def get_config(arguments: str = 'rdn,parity'):
@@ -33,7 +39,7 @@ def get_config(arguments: str = 'rdn,parity'):
   if task not in TASKS or rest not in ([], ['negative']):
     raise ValueError(f'the config string is {arguments!r}; expected MIXER,TASK or with ,negative')
   c = get_base_config()
-  c.steps = 20_000
+  c.steps = EPOCHS * STEPS_AN_EPOCH
   c.model.num_layers = 2
   c.model.model_dim = 128
   c.model.ffn_dim = 256
@@ -44,13 +50,14 @@ def get_config(arguments: str = 'rdn,parity'):
     c.model.layer_options = {mixer: {'allow_neg_eigval': True}}
   c.model.dtype = 'float32'
   c.model.remat = 'none'
+  c.model.unroll_layers = True  # two small layers: a loop's copies cost more than its compilation
   c.data.format = 'synthetic'
   c.data.path = task
   c.data.seq_len = 64
-  c.data.batch_size = 256
+  c.data.batch_size = 128
   c.optimizer.learning_rate = 1e-3
   c.optimizer.final_learning_rate = 1e-5
   c.optimizer.warmup_steps = 200
   c.log_every = 100
-  c.eval_every = c.checkpoint_every = 2000
+  c.eval_every = c.checkpoint_every = STEPS_AN_EPOCH
   return c
