@@ -7,13 +7,13 @@ Command: python experiments/state_tracking_sweep.py --workdir=runs/tracking
   --config=configs/state_tracking.py:delta_net,parity,negative, then python experiments/evaluate.py
   --workdir=runs/parity --suite=state_tracking. The third word of the config string makes the range
   of beta (0, 2).
-Hardware: one GPU, or a CPU for a smaller --config.steps.
-Wall time: not yet run at full length. 600 steps of 64 examples take 3 to 5 minutes on a CPU.
-Result: not yet run at full length. After those steps delta_net says 0.748, 0.623 and 0.562 of
-  parity right at 64, 128 and 256 tokens with beta in (0, 1), and 1.000, 1.000 and 0.977 in (0, 2),
-  which the loss shows from step 120 on; after 1200 of modular arithmetic 0.545, 0.529 and 0.504,
-  and 0.551, 0.533 and 0.515; and nothing of permutations (one seed, warm-up of 100 steps, commit
-  4307f64).
+Hardware: one NVIDIA H200, or a CPU for a smaller --config.steps.
+Wall time: the sweep, 16 rows of three seeds, some five minutes beside other work on the card. 600 steps
+  of 64 examples take 3 to 5 minutes on a CPU.
+Result: experiments/results/state_tracking, scaled accuracy at 64, 128 and 256 tokens, three seeds.
+  Parity with beta in (0, 1): delta_net 0.992, 0.664, 0.334, gdn 0.997, 0.705, 0.353, rdn 0.987, 0.693,
+  0.348; in (0, 2) all three 1.000, 1.000 and 0.985 to 0.995. Modular arithmetic at 64 tokens: 0.53 to
+  0.69, at most 0.04 more by the range. Permutations are not learned.
 """
 
 from rla_jax.layers import registry

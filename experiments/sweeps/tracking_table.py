@@ -82,11 +82,14 @@ def figure(path: pathlib.Path, rows: list[dict]) -> None:
     start = tasks.index(r['task']) * len(names)
     means = [max(0.0, np.mean(r['scaled'][name])) for name in names]
     values[models.index((r['mixer'], r['beta'])), start : start + len(names)] = means
-  columns = [f'{task}\n{name[1:]}' for task in tasks for name in names]
-  columns = [text.replace('_', '\n', 1) for text in columns]
+  middle = len(names) // 2  # a task is written once, below its lengths
+  columns = [
+    f'{name[1:]}\n{task.replace("_", " ") if place == middle else ""}'
+    for task in tasks for place, name in enumerate(names)
+  ]  # fmt: skip
   heat_map(
     path, values, columns, [f'{mixer}, beta in {beta}' for mixer, beta in models],
-    'task and length', '', 'scaled accuracy (%)',
+    'length and task', '', 'scaled accuracy (%)',
   )  # fmt: skip
 
 
