@@ -11,10 +11,10 @@ Wall time: four learning rates together, evaluations included, on one H200: 69 s
   to 60 s. The first mixer takes 87 s to draw the data and compile; the programs of the next ones
   are compiled meanwhile.
 Result: experiments/results/mqar. One seed: delta_net 0.774 and 0.963, gdn 0.888 and 0.985 at width
-  64 and 128: all four within 0.02 of the published ones. Three seeds, at 64: gdn 0.882 +- 0.006, sgla
-  0.890 +- 0.011; with twice their state rdn 0.879 +- 0.009, rla 0.882 +- 0.008, two_state 0.841 +-
-  0.078; with their state rdn_equal_state 0.834 +- 0.006, two_state_equal_state 0.775 +- 0.004,
-  rla_equal_state 0.719 +- 0.089.
+  64 and 128: all four within 0.02 of the published ones. Three seeds, at 64: gdn 0.882 +- 0.006,
+  sgla 0.890 +- 0.011; with twice their state rdn 0.879 +- 0.009, rla 0.882 +- 0.008, two_state
+  0.841 +- 0.078; with their state rdn_equal_state 0.834 +- 0.006, two_state_equal_state 0.775 +-
+  0.004, rla_equal_state 0.719 +- 0.089.
 
 As published: two layers of two heads, a gated convolution of width 3 and then the mixer, each with
 x + norm(x) behind it in place of an MLP; tied embeddings, layer norms, no positions, dropout of 0.1

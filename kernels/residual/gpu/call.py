@@ -278,7 +278,7 @@ def _sum_heads(dx_BTHK, x_BTGK):
 
 
 def _sweeps(call, do, passes, dbase, dresidual, first, spans):
-  """Gradients of both states after every span, of what was written to them, and of the prediction."""
+  """Gradients of both states after every span, of what was written, and of the prediction."""
   delta, residual = call.config.delta, call.config.residual
   prepared = call.prepare(first, spans, adjoint=True)
   split = call.split(spans, call.config.blocks.sweep)

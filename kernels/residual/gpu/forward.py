@@ -167,9 +167,8 @@ def forward_kernel(
     o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     write = tl.load(gates + BASE_OUT * C + i)[None, :] * F
     S = written(write, k, decay_all * S, DELTA, dtype, PRECISION)
-    if SAVE:
-      if RESIDUAL and CLIP is not None:
-        store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
+    if SAVE and RESIDUAL and CLIP is not None:
+      store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
     if RESIDUAL:
       R_low = R.to(dtype)
       read = tl.load(gates + RESIDUAL_READ * C + i)[None, :]

@@ -2,8 +2,8 @@
 
 Called for the residual state, whose gradient the outputs alone decide, and then for the base state,
 which is read by the residuals too. Only what the next chunk waits for is computed here: the adjoint
-from dW to dR0, and from dU to dS0. What it learns (dR1, dz and the prediction's gradient dp, dS1 and
-dy) is stored for `gradients`, which is parallel over chunks. Transposed like `forward`.
+from dW to dR0, and from dU to dS0. What it learns (dR1, dz and the prediction's gradient dp, dS1
+and dy) is stored for `gradients`, which is parallel over chunks. Transposed like `forward`.
 """
 
 import triton
@@ -123,11 +123,10 @@ def sweep_kernel(
       if n % SPAN == SPAN - 1:
         saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * (K * V) + first_value * K
         store_tile(saved + saved_offsets, dS_low, state_seen, EVEN)
-    if PREDICTED and STORE:
-      if CLIP is not None:
-        words = pair * (tl.cdiv(T, C * SPAN) * SPAN) + first_chunk + n
-        words = passes_ptr + words * (WORDS * V) + first_value
-        passes = load_bits(words, e, is_value, V, C)
+    if PREDICTED and STORE and CLIP is not None:
+      words = pair * (tl.cdiv(T, C * SPAN) * SPAN) + first_chunk + n
+      words = passes_ptr + words * (WORDS * V) + first_value
+      passes = load_bits(words, e, is_value, V, C)
     if PREDICTION is not None:
       dp = tl.trans(load_tile(dprediction_ptr + piece_values + value_offsets, value_seen, EVEN))
     dy = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
