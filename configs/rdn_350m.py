@@ -5,11 +5,11 @@ Command: python experiments/train.py --config=configs/rdn_350m.py --workdir=runs
   --config.data.path, validation_path and tokenizer say where your text is.
 Hardware: meant for one to eight GPUs of 40 GB or more; --config.device_tokens trades memory for
   speed. Fastest of what was measured: --config.model.unroll_layers=True, which takes a minute to
-  compile, with --config.model.remat=none on cards of 141 GB (83.2 GiB at 16 rows, which is
-  device_tokens) and --config.model.remat=both on those of 80 GB (58.8 GiB).
-Wall time: not run to the end. On one H200 (commit 3406ef8) such a step of 16 rows takes 402 ms with
-  remat none, 163,202 tokens/s, MFU 32.7 %, and 420 ms with both, 155,988 tokens/s, MFU 31.2 %; the
-  6.8 B tokens would take 11.6 and 12.1 hours at these rates.
+  compile, with --config.model.remat=none on cards of 141 GB (75.9 GiB at 16 rows, which is
+  device_tokens) and --config.model.remat=both on those of 80 GB (58.8 GiB at commit 3406ef8).
+Wall time: not run to the end. On one H200 (commit ddf1d16) a step of 16 rows with remat none takes
+  364 ms, 180,243 tokens/s, MFU 36.1 %; on two, 353,595 tokens/s; the 6.8 B tokens would take 10.5
+  and 5.4 hours at these rates.
 Result: not yet run.
 """
 

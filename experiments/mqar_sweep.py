@@ -22,11 +22,8 @@ What an earlier sweep left in its curves.csv counts as finished, and stands in t
 """
 
 import functools
-import hashlib
-import json
 import pathlib
 import runpy
-import time
 
 import jax
 import numpy as np
@@ -36,7 +33,7 @@ from sweeps.alone import train_alone
 from sweeps.curves import Curves, last
 from sweeps.ensemble import Member
 from sweeps.overrides import with_overrides
-from sweeps.runs import Run, Together, train
+from sweeps.runs import Run, Together, deadline, digest, train
 
 from rla_jax.evaluation.results import read_rows
 from rla_jax.models import LanguageModel
@@ -95,10 +92,7 @@ def sweep(root: pathlib.Path, curves: Curves) -> None:
     raise ConfigError(f'--rates and the seeds: {error}') from error
   if again := {m.seed for m in members} & set(more_seeds):
     raise ConfigError(f'--more_seeds has {min(again)}, which --seeds has too; expected others')
-  begin = time.perf_counter()
-
-  def late():
-    return _BUDGET.value is not None and time.perf_counter() - begin > _BUDGET.value
+  late = deadline(_BUDGET.value)
 
   def find(first, is_second):
     """A run; None while its learning rate is not known."""
@@ -111,7 +105,7 @@ def sweep(root: pathlib.Path, curves: Curves) -> None:
     return make(first.config, first.columns, [Member(chosen, seed) for seed in more_seeds])
 
   def make(config, columns, members):
-    folder = root / f'{columns["mixer"]}_d{columns["width"]}_{_digest(members)}'
+    folder = root / f'{columns["mixer"]}_d{columns["width"]}_{digest(members, _SET.value)}'
     return Run(folder, config, tuple(members), columns)
 
   plan = []
@@ -131,12 +125,6 @@ def _columns(mixer, width, config) -> dict[str, object]:
     'task': config.data.path, 'mixer': mixer, 'width': int(width),
     'state_bytes': state_bytes(config),
   }  # fmt: skip
-
-
-def _digest(members) -> str:
-  """Tells other members or overrides apart."""
-  text = json.dumps([[m.learning_rate, m.seed] for m in members] + _SET.value)
-  return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def state_bytes(config) -> int:

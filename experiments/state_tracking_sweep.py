@@ -14,18 +14,15 @@ curves.csv to --results; --set=key=value overrides keys of the config.
 """
 
 import functools
-import hashlib
-import json
 import pathlib
 import runpy
-import time
 
 from absl import flags
 from sweeps import tracking_table
 from sweeps.curves import Curves
 from sweeps.ensemble import Member
 from sweeps.overrides import with_overrides
-from sweeps.runs import Run, Together, train
+from sweeps.runs import Run, Together, deadline, digest, train
 
 from rla_jax.training import ConfigError
 from rla_jax.training.command_line import run
@@ -75,11 +72,7 @@ def sweep(root: pathlib.Path, curves: Curves) -> None:
     seeds = [int(seed) for seed in _SEEDS.value]
   except ValueError as error:
     raise ConfigError(f'--seeds: {error}') from error
-  begin = time.perf_counter()
-
-  def late():
-    return _BUDGET.value is not None and time.perf_counter() - begin > _BUDGET.value
-
+  late = deadline(_BUDGET.value)
   runs = [
     _run(root, task, mixer, end, seeds)
     for task in _TASKS.value for mixer in _MIXERS.value for end in _RANGES.value
@@ -95,10 +88,8 @@ def _run(root, task, mixer, end, seeds) -> Run:
     raise ConfigError(f'data.path is {config.data.path!r}; expected {task}')
   rate = _RATE.value or config.optimizer.learning_rate
   members = tuple(Member(rate, seed) for seed in seeds)
-  text = json.dumps([[m.learning_rate, m.seed] for m in members] + _SET.value)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:6]
   columns = {'task': task, 'mixer': mixer, 'beta': RANGES[end]}
-  return Run(root / f'{task}_{mixer}_{end}_{digest}', config, members, columns)
+  return Run(root / f'{task}_{mixer}_{end}_{digest(members, _SET.value)}', config, members, columns)
 
 
 if __name__ == '__main__':

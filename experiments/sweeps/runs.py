@@ -1,6 +1,8 @@
 """The runs of a sweep, one after the other: what is finished is skipped, the rest is trained."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +33,18 @@ class Run:
   config: ConfigDict
   members: tuple[Member, ...]
   columns: dict[str, object]
+
+
+def digest(members: Sequence[Member], overrides: Sequence[str]) -> str:
+  """Tells other members or overrides apart, in the name of a folder."""
+  text = json.dumps([[m.learning_rate, m.seed] for m in members] + list(overrides))
+  return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def deadline(seconds: float | None) -> Callable[[], bool]:
+  """Whether so many seconds have passed since this call; never, without a number."""
+  begin = time.perf_counter()
+  return lambda: seconds is not None and time.perf_counter() - begin > seconds
 
 
 # Trains a run, or goes on, with those after it that are not finished: (curves, whether it ended).

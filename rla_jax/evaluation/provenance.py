@@ -44,8 +44,8 @@ def commit() -> str | None:
   """Commit of the checkout that this file belongs to, with `-dirty` if it was changed since.
 
   As it was at the first call, so that results written into the checkout do not count. None: the
-  package is installed without its history. Where files were copied without it, the environment
-  variable RLA_JAX_COMMIT says it.
+  package is installed without its history. The environment variable RLA_JAX_COMMIT comes first, for
+  files that were copied without theirs.
   """
   if told := os.environ.get('RLA_JAX_COMMIT'):
     return told

@@ -159,7 +159,7 @@ def measure(
       results.write_rows(folder / 'throughput.csv', rows)
       rate = 'does not fit' if timing is None else f'{timing.rate:,.0f} tokens/s'
       say(f'{number} of {len(plan)}, {name}: {rate}')
-    del calls
+    del calls, call  # and with them this model's parameters
     _made_params.cache_clear()
     jax.clear_caches()
   draw(folder, kinds, rows)
@@ -280,7 +280,10 @@ def _read_at_once(model, params, tokens_BT):
 
 
 def prepare_decode(model: LanguageModel, count: int, length: int) -> Callable[[], Timing]:
-  """Likewise of a block of tokens of `count` sequences, whose cache holds `length` tokens."""
+  """Likewise of a block of tokens of `count` sequences, behind `length` tokens.
+
+  The cache has room for them and is empty: attention's products go over all of it.
+  """
   params, room = _params(model), length + DECODED + BLOCK
   held = _held(model, params, count, room)
 

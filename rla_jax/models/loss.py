@@ -214,7 +214,7 @@ def _cut(chunk, *arrays):
   """[B, T, ...] as [pieces, B, chunk, ...], the last piece filled up with zeros."""
 
   def cut(a):
-    size = min(chunk, a.shape[1])
+    size = max(1, min(chunk, a.shape[1]))
     pieces = -(-a.shape[1] // size)
     a = jnp.pad(a, ((0, 0), (0, pieces * size - a.shape[1])) + ((0, 0),) * (a.ndim - 2))
     return jnp.moveaxis(a.reshape(len(a), pieces, size, *a.shape[2:]), 1, 0)
@@ -224,7 +224,7 @@ def _cut(chunk, *arrays):
 
 def _uncut(a, length):
   a = jnp.moveaxis(a, 0, 1)
-  return a.reshape(len(a), -1, *a.shape[3:])[:, :length]
+  return a.reshape(len(a), a.shape[1] * a.shape[2], *a.shape[3:])[:, :length]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Rematerialisation by name: what a layer keeps for its backward pass.
 
-    none    everything
+    none    everything but the product inside SwiGLU
     full    nothing but the layer's input: least memory, one more forward pass
     dots    the results of matrix products with weights; norms, gates and activations are repeated
     names   what layers and kernels mark by `checkpoint_name`: the outputs of the mixers, and what

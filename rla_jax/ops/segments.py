@@ -33,7 +33,7 @@ def isolate(
     run: the operator.
     inputs: what it takes.
     finite: q, k and v are known to be finite. Then no pass over them is made, forward or backward:
-      gradients are NaN for the gates of a broken document and its states.
+      gradients are NaN for the gates of a broken document and its states, not for its q, k and v.
   """
   searched = ('beta', 'gamma') if finite else ('q', 'k', 'v', 'beta', 'gamma')
   bad_BT = _not_finite(inputs, searched)

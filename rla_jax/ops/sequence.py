@@ -73,7 +73,7 @@ def split_over_sequence(
     initial_state: states before the whole sequence, the same on every shard.
     segment_ids: this shard's ids; documents may start and end anywhere.
     readout: as the operator takes it.
-    **options: `clip`, `chunk_size` and `implementation`, as the operator takes them.
+    **options: `clip`, `chunk_size`, `implementation` and `finite`, as the operator takes them.
 
   Returns:
     o of this shard's tokens, and the states after the whole sequence, the same on every shard.
@@ -111,7 +111,9 @@ def split_over_sequence(
   def transition(rate):
     """M of this shard for a write rate."""
     if operator is residual_linear_attention:
-      total = jnp.exp(log_decay.astype(dtype).sum(axis=1))
+      # Where nothing gets through, a document may hold a NaN, which is nobody else's gradient.
+      kept = jnp.where(through_B.reshape(B, *[1] * (log_decay.ndim - 1)), log_decay, 0)
+      total = jnp.exp(kept.astype(dtype).sum(axis=1))
       return total[..., None, None] if log_decay.ndim == 3 else total[..., None]
     unit = jnp.broadcast_to(jnp.eye(K, dtype=dtype), (B, H, K, K))
     _, state = run(jnp.zeros((B, T, H, K), v.dtype), rate, None, ResidualState(unit, None))

@@ -121,6 +121,18 @@ def test_summed_loss_is_the_weighted_sum_and_makes_the_logits_once():
     assert str(jax.make_jaxpr(gradient)(x, kernel, weights)).count('dot_general') == 3
 
 
+@pytest.mark.parametrize('chunk', [None, 4])
+def test_a_summed_loss_of_no_tokens_is_zero(chunk):
+  empty, kernel = jnp.zeros((2, 0, 8)), jnp.ones((8, 30))
+  nothing = jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0))
+
+  def loss(x, kernel):
+    return losses.summed_loss(jnp.matmul, kernel, x, *nothing, chunk)
+
+  value, (dx, dkernel) = jax.value_and_grad(loss, (0, 1))(empty, kernel)
+  assert value == 0 and dx.shape == empty.shape and not dkernel.any()
+
+
 def test_the_gradient_of_a_score_is_that_of_its_definition():
   logits = 5 * jax.random.normal(jax.random.key(0), (2, 7, 30))
   logits = logits.at[0, 0, 3].set(-jnp.inf).at[0, 1, 4].set(1e4)

@@ -150,12 +150,14 @@ def test_a_state_that_is_reset_at_the_border_is_noticed(monkeypatch):
   assert largest_error(run(RLA, case, SHARDS), run(RLA, case)) > 1e-2
 
 
-def test_broken_document_stays_alone():
+@pytest.mark.parametrize('argument', ['v', 'log_decay'])
+def test_broken_document_stays_alone(argument):
   """Over shards too: row 0's document of tokens 20 to 31, which lies in two of them."""
   args, state, ids, cotangents = example(segments=True, dtype=np.float32)
   clean = run(RLA, (args, state, ids, cotangents), SHARDS)
   broken = list(args)
-  broken[2] = args[2].at[0, 22].set(jnp.nan)
+  place = ('q', 'k', 'v', 'log_decay').index(argument)
+  broken[place] = args[place].at[0, 22].set(jnp.nan)
   got = run(RLA, (tuple(broken), state, ids, cotangents), SHARDS)
   keep = np.ones((2, 64), bool)
   keep[0, 20:32] = False
