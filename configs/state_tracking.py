@@ -1,7 +1,7 @@
 """State tracking: parity, arithmetic modulo 5, or permutations of five things (S5), for a mixer.
 
-Compares with: DeltaNet's parity at beta in (0, 1) and (0, 2): 0.017 and 1.0 scaled accuracy
-  (arXiv:2411.12537), at other lengths: the gap is there, its size is not comparable.
+Reproduces: that DeltaNet carries parity to longer texts with beta in (0, 2) and not in (0, 1); the
+  published 1.0 and 0.017 scaled accuracy (arXiv:2411.12537) are of other lengths.
 Command: python experiments/state_tracking_sweep.py --workdir=runs/tracking
   or one run: python experiments/train.py --workdir=runs/parity
   --config=configs/state_tracking.py:delta_net,parity,negative, then python experiments/evaluate.py
