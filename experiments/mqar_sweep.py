@@ -78,9 +78,7 @@ def main(_):
   if not found:
     print('no run is finished yet')
     return
-  folder = pathlib.Path(_RESULTS.value or root)
-  folder.mkdir(parents=True, exist_ok=True)
-  print(recall_table.write(folder, found))
+  print(recall_table.write(pathlib.Path(_RESULTS.value or root), found))
 
 
 def sweep(root: pathlib.Path, curves: Curves) -> None:

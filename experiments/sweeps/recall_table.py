@@ -7,23 +7,13 @@ import numpy as np
 
 from rla_jax.evaluation.figures import curves
 from rla_jax.evaluation.published import MQAR
-from rla_jax.evaluation.results import write_rows
-from sweeps.curves import last
-from sweeps.remarks import measured, write_above_remarks
+from sweeps import results
+from sweeps.remarks import measured
 
 
-def write(root: pathlib.Path, curves: list[dict]) -> str:
-  """Writes curves.csv, results.csv, results.md and results.png of a sweep; returns the table.
-
-  What stands below a line `## Remarks` of a results.md that is there stays.
-  """
-  write_rows(root / 'curves.csv', curves)
-  rows = last(curves)
-  write_rows(root / 'results.csv', rows)
-  text = table(rows)
-  write_above_remarks(root / 'results.md', text)
-  figure(root / 'results.png', rows)
-  return text
+def write(folder: pathlib.Path, found: list[dict]) -> str:
+  """`results.write` of recall."""
+  return results.write(folder, found, table, figure)
 
 
 def best_rate(rows: list[dict]) -> float:

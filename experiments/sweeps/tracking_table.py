@@ -6,28 +6,17 @@ import re
 import numpy as np
 
 from rla_jax.evaluation.figures import heat_map
-from rla_jax.evaluation.results import write_rows
-from sweeps.curves import last
-from sweeps.remarks import measured, write_above_remarks
+from sweeps import results
+from sweeps.remarks import measured
 
 # Right answers of who always says the most frequent state. Of arithmetic modulo 5 it is 0, by the
 # products: p = 2/3 * 1/5 + 1/3 * (1/5 + 4/5 * p).
 CHANCE = {'parity': 1 / 2, 'modular_arithmetic': 3 / 11, 'permutations': 1 / 120}
 
 
-def write(root: pathlib.Path, curves: list[dict]) -> str:
-  """Writes curves.csv, results.csv, results.md and results.png of a sweep; returns the table.
-
-  What stands below a line `## Remarks` of a results.md that is there stays.
-  """
-  curves = [_of_any_task(row) for row in curves]
-  write_rows(root / 'curves.csv', curves)
-  rows = last(curves)
-  write_rows(root / 'results.csv', rows)
-  text = table(rows)
-  write_above_remarks(root / 'results.md', text)
-  figure(root / 'results.png', rows)
-  return text
+def write(folder: pathlib.Path, found: list[dict]) -> str:
+  """`results.write` of state tracking."""
+  return results.write(folder, [_of_any_task(row) for row in found], table, figure)
 
 
 def summary(rows: list[dict]) -> list[dict]:

@@ -75,6 +75,7 @@ def gradients_kernel(
   dtype = do_ptr.dtype.element_ty
   # T >> 30 is 0, which the compiler cannot know: unrolled, the loops would not fit the registers.
   # Loops that are told their stages prefetch all loads, not only those of products.
+  # Those of few tiles have shared memory for two stages more.
   tiles = (V + BLOCK_V - 1) // BLOCK_V + (T >> 30)
 
   i = tl.arange(0, C)
