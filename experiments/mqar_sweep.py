@@ -30,12 +30,11 @@ import numpy as np
 from absl import flags
 from sweeps import recall_table
 from sweeps.alone import train_alone
-from sweeps.curves import Curves, last
+from sweeps.curves import Curves, last, read_known
 from sweeps.ensemble import Member
 from sweeps.overrides import with_overrides
 from sweeps.runs import Run, Together, deadline, digest, train
 
-from rla_jax.evaluation.results import read_rows
 from rla_jax.models import LanguageModel
 from rla_jax.training import ConfigError
 from rla_jax.training.command_line import run
@@ -68,10 +67,7 @@ _TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Only write table and figur
 def main(_):
   """Runs the sweep as the flags say, then writes its curves, table and figure."""
   root = pathlib.Path(_WORKDIR.value)
-  if _KNOWN.value and not pathlib.Path(_KNOWN.value).is_file():
-    raise ConfigError(f'--known={_KNOWN.value}: no such file')
-  known = read_rows(pathlib.Path(_KNOWN.value)) if _KNOWN.value else []
-  curves = Curves(root, known, CONFIG['EPOCHS'])
+  curves = Curves(root, read_known(_KNOWN.value), CONFIG['EPOCHS'])
   if not _TABLE_ONLY.value:
     sweep(root, curves)
   found = curves.all()

@@ -10,7 +10,8 @@ it. The range of beta is (0, 1), or (0, 2) which gives the transitions negative 
 seeds of a row train together (experiments/sweeps/ensemble.py) while the programs of --ahead others
 are compiled. The same command again skips what is finished and goes on with what is not; --budget
 stops after so many seconds, with the state on disk. Writes results.csv, results.md, results.png and
-curves.csv to --results; --set=key=value overrides keys of the config.
+curves.csv to --results; --set=key=value overrides keys of the config. What an earlier sweep left in
+the curves.csv of --known counts as finished, and stands in the table.
 """
 
 import functools
@@ -19,7 +20,7 @@ import runpy
 
 from absl import flags
 from sweeps import tracking_table
-from sweeps.curves import Curves
+from sweeps.curves import Curves, read_known
 from sweeps.ensemble import Member
 from sweeps.overrides import with_overrides
 from sweeps.runs import Run, Together, deadline, digest, train
@@ -45,6 +46,7 @@ _AHEAD = flags.DEFINE_integer(
 )
 _BUDGET = flags.DEFINE_float('budget', None, 'Seconds after which it stops, to go on later.')
 _SET = flags.DEFINE_multi_string('set', [], 'Overrides of the config, as in --set=steps=391.')
+_KNOWN = flags.DEFINE_string('known', None, 'curves.csv of an earlier sweep of the same settings.')
 _RESULTS = flags.DEFINE_string('results', None, 'Folder of table and figure; default: --workdir.')
 _TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Only write table and figure again.')
 
@@ -52,7 +54,7 @@ _TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Only write table and figur
 def main(_):
   """Runs the sweep as the flags say, then writes its curves, table and figure."""
   root = pathlib.Path(_WORKDIR.value)
-  curves = Curves(root)
+  curves = Curves(root, read_known(_KNOWN.value), CONFIG['EPOCHS'])
   if not _TABLE_ONLY.value:
     sweep(root, curves)
   found = curves.all()

@@ -52,7 +52,7 @@ MEMORY = flags.DEFINE_float(
   'takes more, as much as that',
 )  # fmt: skip
 PARTS = LIST(
-  'parts', ['gradients', 'forward', 'sweep', 'prepare', 'split', 'pieces'],
+  'parts', ['keys', 'queries', 'forward', 'sweep', 'prepare', 'split', 'pieces'],
   f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
 )  # fmt: skip
 THOROUGH = flags.DEFINE_bool('thorough', False, 'try every launch, not the promising ones alone')

@@ -4,9 +4,23 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from rla_jax.evaluation.results import read_rows
+from rla_jax.training import ConfigError
 from sweeps.ensemble import Member
 
 _NAMES = ('task', 'mixer', 'width', 'beta')  # columns that tell runs apart, where there are such
+
+
+def read_known(path: str | None) -> list[dict]:
+  """The records of an earlier sweep's curves.csv; none where there is no path.
+
+  Raises:
+    ConfigError: no such file.
+  """
+  if not path:
+    return []
+  if not pathlib.Path(path).is_file():
+    raise ConfigError(f'--known={path}: no such file')
+  return read_rows(pathlib.Path(path))
 
 
 class Curves:

@@ -18,9 +18,10 @@ import triton
 from rla_jax.kernels.residual import gpu
 from rla_jax.kernels.residual.gpu import blocks, call
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
-from rla_jax.kernels.residual.gpu.gradients import gradients_kernel
+from rla_jax.kernels.residual.gpu.keys import keys_kernel
 from rla_jax.kernels.residual.gpu.parts import COMBINE
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
+from rla_jax.kernels.residual.gpu.queries import queries_kernel
 from rla_jax.kernels.residual.gpu.split import combine_kernel, transitions_kernel
 from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
 from tests.errors import cosine, error
@@ -137,9 +138,9 @@ def assert_close(name, x, reference, bar):
 
 
 def unpacked(words_BHCWV, chunk):
-  """Tokens [B, T, H, V] of a mask that has a bit a token, 16 tokens a word."""
+  """Tokens [B, T, H, V] of a mask that has a bit a token, 32 tokens a word."""
   token = np.arange(chunk)
-  bits = words_BHCWV[:, :, :, token // 16] >> (token % 16)[:, None] & 1
+  bits = words_BHCWV[:, :, :, token // 32] >> (token % 32)[:, None] & 1
   B, H, C, _, V = bits.shape
   return np.moveaxis(bits.reshape(B, H, C * chunk, V), 1, 2) != 0
 
@@ -253,7 +254,8 @@ KERNELS = {
   'forward, few heads': forward_kernel,
   'forward, saving, few heads': forward_kernel,
   'sweep': sweep_kernel,
-  'gradients': gradients_kernel,
+  'queries': queries_kernel,
+  'keys': keys_kernel,
   'transitions': transitions_kernel,
   'combine': combine_kernel,
 }
@@ -261,7 +263,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 FLOAT32 = (
   'log_decay_ptr', 'beta_ptr', 'gamma_ptr', 'gates_ptr', 'base_ptr', 'residual_ptr',
   'base_out_ptr', 'residual_out_ptr', 'dstate_in_ptr', 'dstate_ptr', 'dlog_decay_ptr',
-  'dbeta_ptr', 'dgamma_ptr', 'edge_ptr', 'ends_ptr', 'transitions_ptr',
+  'dbeta_ptr', 'dgamma_ptr', 'dgamma_read_ptr', 'dcumulative_ptr', 'edge_ptr',
+  'ends_ptr', 'transitions_ptr',
 )  # fmt: skip
 SCALARS = ('T', 'chunks', 'first_chunk')
 
@@ -279,7 +282,7 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
   launch = split_launches.get(word) or getattr(chosen, word)
   constexprs = {
     'H': 16, 'G': 16, 'K': 128, 'V': 128, 'BLOCK_K': 128, 'BLOCK_V': launch.value,
-    'C': chosen.chunk * (chosen.span if name == 'gradients' else 1), 'SPAN': chosen.span,
+    'C': chosen.chunk * (chosen.span if name in ('queries', 'keys') else 1), 'SPAN': chosen.span,
     'SPLIT': 8 if word in split_launches else 1, 'STATES': 1 + residual, 'STATE': 0,
     'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in name, 'EVEN': True,
     'OUTPUT': True, 'STORE': True,
@@ -288,7 +291,7 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     'INVERSE': 1, 'QUERY_READ': 0, 'KEY_READ': 7, 'OUT': 2,
     'PREDICTION': 2 + delta if residual else None, 'PREDICTED': False,
   }  # fmt: skip
-  kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i16'}
+  kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i32'}
   kinds |= dict.fromkeys(FLOAT32, '*fp32') | dict.fromkeys(SCALARS, 'i32')
   if word == 'combine':
     kinds['states_ptr'] = '*fp32'
@@ -310,9 +313,7 @@ RULES = {
   'delta': (True, False),
   'additive': (False, False),
 }
-# Both states take 128 of a thread's 255 registers, and `forward` holds both. What spills in
-# `gradients` are addresses and sums held from one loop to the next: freed of them it takes more
-# instructions and barriers than it saves.
+# Both states take 128 of a thread's 255 registers, and `forward` holds both.
 SPILLS = pytest.mark.xfail(strict=True, reason='states or products leave registers too few')
 VERSION = tuple(int(part) for part in triton.__version__.split('.')[:2])
 OLDER = pytest.mark.xfail(
@@ -332,6 +333,13 @@ BUILDS = [
   (90, 'sweep', 'additive residual'),
   (90, 'sweep', 'delta'),
   (90, 'sweep', 'additive'),
+  (90, 'queries', 'delta residual'),
+  (90, 'queries', 'additive residual'),
+  (90, 'queries', 'delta'),
+  (90, 'queries', 'additive'),
+  (90, 'keys', 'additive residual'),
+  (90, 'keys', 'delta'),
+  (90, 'keys', 'additive'),
   (90, 'transitions', 'delta residual'),
   (90, 'combine', 'delta residual'),
   (80, 'prepare', 'delta residual'),
@@ -342,7 +350,7 @@ BUILDS = [
 TIGHT = [(90, 'forward', 'delta residual'), (90, 'forward, saving', 'additive residual')]
 SPILLING = [
   (90, 'forward, saving', 'delta residual'),
-  (90, 'gradients', 'delta residual'),
+  (90, 'keys', 'delta residual'),
   (80, 'forward', 'delta residual'),
   (80, 'sweep', 'delta'),
 ]

@@ -63,6 +63,7 @@ def test_self_test_covers_heuristic_and_table(monkeypatch):
 def test_self_test_covers_candidates():
   cases = selftest.candidate_cases([128], ['bfloat16'])
   assert set(selftest.heuristic_cases([128], ['bfloat16'])) < set(cases)
-  for launch_ in candidates.PROMISING['gradients']:
-    tried = [c for c in cases if dataclasses.astuple(c.blocks.gradients) == launch_]
-    assert {(c.delta, c.residual) for c in tried} == RULES
+  for part in ('queries', 'keys'):
+    for launch_ in candidates.PROMISING[part]:
+      tried = [c for c in cases if dataclasses.astuple(getattr(c.blocks, part)) == launch_]
+      assert {(c.delta, c.residual) for c in tried} == RULES

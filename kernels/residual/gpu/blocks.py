@@ -26,11 +26,12 @@ class Blocks:
 
   Attributes:
     chunk: tokens of a chunk of the sequential kernels, 16, 32 or 64.
-    span: chunks from one saved state to the next; `gradients` works on chunk * span tokens.
+    span: chunks from one saved state to the next; `queries` and `keys` work on chunk * span tokens.
     prepare: launch of what needs neither values nor states (its value tile is not used).
     forward: launch of the forward pass, both states in one program.
     sweep: launch of the sequential part of the backward pass, one state a program.
-    gradients: launch of its parallel part.
+    queries: launch of the first half of its parallel part.
+    keys: launch of the second half.
     pieces: parts of the sequence that the backward pass handles one after the other: more pieces
       hold less memory.
     split: parts of the sequence, or of a piece, that are walked side by side; None for what
@@ -42,7 +43,8 @@ class Blocks:
   prepare: Kernel
   forward: Kernel
   sweep: Kernel
-  gradients: Kernel
+  queries: Kernel
+  keys: Kernel
   pieces: int
   split: int | None = None
 
@@ -92,14 +94,15 @@ def heuristic(
     # One program a multiprocessor waits for itself. Two of half the width wait for each other,
     # which gains more than wgmma: 1.26 to 0.95 ms (4 x 8192 tokens, 16 heads of 128, on an H200).
     forward = Kernel(32, 4, 2)
-  gradients = Kernel(16, 4, 4) if residual else Kernel(min(32, tile), 4, 3)
+  parallel = Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3)
   return Blocks(
     chunk=16 if large else 32,
     span=2,
     prepare=Kernel(0, 4 if large else 1, 1),
     forward=forward,
     sweep=deep,
-    gradients=Kernel(16, 4, 2) if large else gradients,
+    queries=parallel,
+    keys=parallel,
     pieces=pieces,
   )
 

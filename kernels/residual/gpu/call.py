@@ -1,7 +1,7 @@
 """Launches the kernels from JAX: forward, backward in pieces, and their rules for grad and vmap.
 
 Forward: `prepare` and `forward`. Backward: `prepare`, `sweep` for the residual state and then for
-the base state, `gradients`. `prepare` and `gradients` are parallel over chunks; the others walk
+the base state, `queries` and `keys`. These and `prepare` are parallel over chunks; the others walk
 them. Where heads are few, they walk several parts of a sequence side by side (`split`).
 """
 
@@ -15,11 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
 from rla_jax.kernels.residual.gpu.blocks import Blocks, sequence_split
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
-from rla_jax.kernels.residual.gpu.gradients import gradients_kernel
+from rla_jax.kernels.residual.gpu.keys import keys_kernel
 from rla_jax.kernels.residual.gpu.launch import launch
 from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.kernels.residual.gpu.parts import Parts
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
+from rla_jax.kernels.residual.gpu.queries import queries_kernel
 from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
 from rla_jax.kernels.residual.gpu.tiles import (
   BASE_IN,
@@ -205,7 +206,7 @@ def _walk(call, prepared, split, base, residual, *, output, save):
   keep_passes = keep_residual and config.clip is not None
   states, nothing = (call.B, call.H, call.spans, call.V, call.K), (1,)
   chunks = call.spans * config.blocks.span
-  words = (call.B, call.H, chunks, config.blocks.chunk // 16, call.V)
+  words = (call.B, call.H, chunks, -(-config.blocks.chunk // 32), call.V)
   o, base_out, residual_out, *saved = call.launch(
     forward_kernel,
     *(call.q, call.k, v, squares, gates, base, residual if has_residual else base),
@@ -218,7 +219,7 @@ def _walk(call, prepared, split, base, residual, *, output, save):
       _array(states if keep_residual else nothing, v.dtype),
       _array(v.shape if keep_base_error else nothing, v.dtype),
       _array(v.shape if keep_residual else nothing, v.dtype),
-      _array(words if keep_passes else nothing, jnp.int16),
+      _array(words if keep_passes else nothing, jnp.int32),
     ),
     programs=call.walk(block, split),
     block=block,
@@ -346,36 +347,37 @@ def _sweep(
 
 def _gradients(call, do, saved, dstates, dwritten, before, first, spans):
   states, residual_states, base_error, residual_error, _ = saved
-  config = call.config
-  # Without a delta rule the written value is v.
-  base_error = call.v if base_error is None else base_error
+  config, tokens = call.config, (*call.gates, call.segments)
+  dq, dk, dv = (call.q, call.k, call.v) if before is None else before
   gate = _array((call.B, spans * call.tokens, call.H), jnp.float32)
+  gamma_gate = gate if config.residual else _array((1,), jnp.float32)
+  keys = _array((call.B, call.T, call.H, call.K), do.dtype)
+  dscores = _array((call.pairs, spans, call.tokens, call.tokens), do.dtype)
+  # Without a delta rule the written value is v.
+  errors = (call.v if base_error is None else base_error, residual_error)
+  states = (states, residual_states)
 
-  def stand_in(x):
-    """Any array, where the kernel does not touch one that is not there."""
-    return do if x is None else x
+  def run(kernel, block, arrays, buffers, out_shape):
+    """`buffers`: of the first outputs, which all pieces write to."""
+    # Any array stands in where the kernel does not touch one that is not there.
+    arrays = [do if x is None else x for x in arrays]
+    return call.launch(
+      kernel,
+      *(call.q, call.k, *tokens, *arrays, *buffers),
+      *(call.T, first, spans),
+      out_shape=out_shape,
+      programs=call.pairs * spans,
+      block=block,
+      C=call.tokens,
+      aliases=None if before is None else {6 + len(arrays) + n: n for n in range(len(buffers))},
+    )
 
-  arrays = (
-    *(call.q, call.k, *call.gates, call.segments, do, base_error),
-    *(stand_in(x) for x in (residual_error, states, residual_states, *dstates, *dwritten)),
-  )
-  place = len(arrays)
-  dq, dk, dv, dlog_decay, dbeta, dgamma = call.launch(
-    gradients_kernel,
-    *arrays,
-    *((call.q, call.k, call.v) if before is None else before),
-    *(call.T, first, spans),
-    out_shape=(
-      _array((call.B, call.T, call.H, call.K), do.dtype),
-      _array((call.B, call.T, call.H, call.K), do.dtype),
-      _array(call.v.shape, do.dtype),
-      gate,
-      gate,
-      gate if config.residual else _array((1,), jnp.float32),
-    ),
-    programs=call.pairs * spans,
-    block=config.blocks.gradients,
-    C=call.tokens,
-    aliases=None if before is None else {place: 0, place + 1: 1, place + 2: 2},
-  )
+  dq, *found = run(
+    queries_kernel, config.blocks.queries, (do, *errors, *states), (dq,),
+    (keys, dscores, gate, gamma_gate),
+  )  # fmt: skip
+  dk, dv, dlog_decay, dbeta, dgamma = run(
+    keys_kernel, config.blocks.keys, (*errors, *states, *dstates, *dwritten, *found), (dk, dv),
+    (keys, _array(call.v.shape, do.dtype), gate, gate, gamma_gate),
+  )  # fmt: skip
   return (dq, dk, dv), (dlog_decay, dbeta, dgamma if config.residual else None)

@@ -8,12 +8,13 @@ import itertools
 
 from rla_jax.kernels.residual.gpu.blocks import Blocks, Kernel
 
-PARTS = ('chunk', 'forward', 'sweep', 'gradients', 'prepare', 'split', 'pieces')
+PARTS = ('chunk', 'forward', 'sweep', 'queries', 'keys', 'prepare', 'split', 'pieces')
 # The shorter list: tiles with warps and stages that have been among the fastest of their kind.
 PROMISING = {
   'forward': ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 2, 3), (16, 1, 3)),
   'sweep': ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 2, 3), (16, 1, 3)),
-  'gradients': ((16, 4, 4), (32, 4, 3), (16, 4, 3), (16, 4, 2), (32, 4, 2), (64, 4, 2)),
+  'queries': ((32, 4, 3), (16, 4, 4), (32, 4, 2), (16, 4, 3), (16, 4, 2), (64, 4, 2)),
+  'keys': ((32, 4, 3), (16, 4, 4), (32, 4, 2), (16, 4, 3), (16, 4, 2), (64, 4, 2)),
   'prepare': ((0, 1, 1), (0, 2, 1), (0, 4, 1)),
 }
 

@@ -82,7 +82,7 @@ def forward_kernel(
   OUTPUT only final states are wanted, of all parts but the last.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-  WORDS: tl.constexpr = C // 16
+  WORDS: tl.constexpr = (C + 31) // 32
   sequence = tl.program_id(0) // TILES
   first = 0
   last = chunks

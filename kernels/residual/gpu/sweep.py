@@ -3,7 +3,8 @@
 Called for the residual state, whose gradient the outputs alone decide, and then for the base state,
 which is read by the residuals too. Only what the next chunk waits for is computed here: the adjoint
 from dW to dR0, and from dU to dS0. What it learns (dR1, dz and the prediction's gradient dp, dS1
-and dy) is stored for `gradients`, which is parallel over chunks. Transposed like `forward`.
+and dy) is stored for `queries` and `keys`, which are parallel over chunks. Transposed like
+`forward`.
 """
 
 import triton
@@ -75,7 +76,7 @@ def sweep_kernel(
   whose sweep knows the gradient of the prediction, -gamma dz where the residual passes the clip.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-  WORDS: tl.constexpr = C // 16
+  WORDS: tl.constexpr = (C + 31) // 32
   sequence = tl.program_id(0) // TILES
   first = 0
   last = chunks

@@ -67,17 +67,18 @@ def load_columns(
 
 @triton.jit
 def store_bits(pointer, rows, row_seen, tile, V: tl.constexpr, C: tl.constexpr):
-  """Stores a tile [rows, C] of 0 and 1 as numbers of 16 bits, tokens of a chunk in words V apart.
+  """Stores a tile [rows, C] of 0 and 1 as bits of int32, words of 32 tokens V apart.
 
-  By a product with powers of two, which is exact: a sum along the tokens would take the tile
-  through shared memory first.
+  By a product with powers of two, which is exact and gives the halves of words: a sum along the
+  tokens would take the tile through shared memory first.
   """
   i = tl.arange(0, C)
-  word = tl.arange(0, 16)
-  powers = tl.where(i[:, None] // 16 == word[None, :], (1 << (i % 16))[:, None], 0).to(tile.dtype)
+  half = tl.arange(0, 16)
+  powers = tl.where(i[:, None] // 16 == half[None, :], (1 << (i % 16))[:, None], 0).to(tile.dtype)
   bits = tl.dot(tile, powers, input_precision='tf32x3').to(tl.int32).to(tl.int16)
-  seen = row_seen[:, None] & (word < C // 16)[None, :]
-  tl.store(pointer + word[None, :] * V + rows[:, None], bits, mask=seen)
+  halves = pointer.to(tl.pointer_type(tl.int16), bitcast=True)
+  halves += (half // 2 * V * 2 + half % 2)[None, :] + rows[:, None] * 2
+  tl.store(halves, bits, mask=row_seen[:, None] & (half < C // 16)[None, :])
 
 
 @triton.jit
@@ -85,10 +86,10 @@ def load_bits(pointer, rows, row_seen, V: tl.constexpr, C: tl.constexpr):
   """What `store_bits` was given, as tokens of 0 and 1."""
   i = tl.arange(0, C)
   tile = tl.zeros([rows.shape[0], C], tl.int32)
-  for word in tl.static_range(C // 16):
-    bits = tl.load(pointer + word * V + rows, mask=row_seen, other=0).to(tl.int32)
-    here = (bits[:, None] >> (i % 16)[None, :]) & 1
-    tile = here if C == 16 else tl.where((i // 16 == word)[None, :], here, tile)
+  for word in tl.static_range((C + 31) // 32):
+    bits = tl.load(pointer + word * V + rows, mask=row_seen, other=0)
+    here = (bits[:, None] >> (i % 32)[None, :]) & 1
+    tile = here if C <= 32 else tl.where((i // 32 == word)[None, :], here, tile)
   return tile
 
 

@@ -1,0 +1,243 @@
+"""Backward, parallel part, second half: gradients of k, v and the gates of one chunk.
+
+From stored pieces, and from what `queries` found of the scores and the gates.
+"""
+
+import triton
+import triton.language as tl
+
+from rla_jax.kernels.residual.gpu.tiles import (
+  chunk_decays,
+  decay_between,
+  decay_in,
+  decay_out,
+  fresh,
+  load_columns,
+  load_decays,
+  load_tile,
+  scaled,
+  store_tile,
+)
+
+
+@triton.jit
+def keys_kernel(
+  q_ptr,
+  k_ptr,
+  log_decay_ptr,
+  beta_ptr,
+  gamma_ptr,
+  segments_ptr,
+  base_error_ptr,
+  residual_error_ptr,
+  states_ptr,
+  residual_states_ptr,
+  dstates_ptr,
+  residual_dstates_ptr,
+  dy_ptr,
+  dz_ptr,
+  dprediction_ptr,
+  dscores_ptr,
+  dcumulative_ptr,
+  dgamma_read_ptr,
+  dk_before_ptr,
+  dv_before_ptr,
+  T,
+  first_chunk,
+  chunks,
+  dk_ptr,
+  dv_ptr,
+  dlog_decay_ptr,
+  dbeta_ptr,
+  dgamma_ptr,
+  H: tl.constexpr,
+  G: tl.constexpr,
+  K: tl.constexpr,
+  V: tl.constexpr,
+  C: tl.constexpr,
+  BLOCK_K: tl.constexpr,
+  BLOCK_V: tl.constexpr,
+  DELTA: tl.constexpr,
+  RESIDUAL: tl.constexpr,
+  SEGMENTED: tl.constexpr,
+  EVEN: tl.constexpr,
+  PRECISION: tl.constexpr,
+  STAGES: tl.constexpr,
+):
+  """One chunk of one head. Grid (B * H * chunks of the piece,).
+
+  Pieces write to the same dk, dv: the *_before arguments are their buffers, never read.
+  """
+  # Products of whole tiles of two states take registers that only half as wide ones leave.
+  NARROW: tl.constexpr = BLOCK_V // 2 if RESIDUAL and BLOCK_V >= 32 else BLOCK_V
+  pair = (tl.program_id(0) // chunks).to(tl.int64)
+  n = tl.program_id(0) % chunks
+  batch = pair // H
+  head = pair % H
+  start = (first_chunk + n) * C
+  row = batch * T
+  dtype = k_ptr.dtype.element_ty
+  # As in `queries`: not unrolled, and told their stages.
+  tiles = (V + BLOCK_V - 1) // BLOCK_V + (T >> 30)
+  narrow_tiles = (V + NARROW - 1) // NARROW + (T >> 30)
+
+  i = tl.arange(0, C)
+  a = tl.arange(0, BLOCK_K)
+  e = tl.arange(0, BLOCK_V)
+  b = tl.arange(0, NARROW)
+  is_token = start + i < T
+  value_rows = i * (H * V)
+  values = ((row + start) * H + head) * V
+  piece_values = ((batch * chunks + n) * C * H + head) * V
+  base_error_ptr += values
+  residual_error_ptr += values
+  dv_ptr += values
+  dy_ptr += piece_values
+  dz_ptr += piece_values
+  dprediction_ptr += piece_values
+  state = (pair * tl.cdiv(T, C) + first_chunk + n) * (K * V)
+  states_ptr += state
+  residual_states_ptr += state
+  dstate = (pair * chunks + n) * (K * V)
+  dstates_ptr += dstate
+  residual_dstates_ptr += dstate
+  keys = ((row + start) * G + head // (H // G)) * K
+  q_ptr += keys
+  k_ptr += keys
+  gates = (row + start) * H + head
+  key_seen = is_token[:, None] & (a < K)[None, :]
+  key_offsets = i[:, None] * (G * K) + a[None, :]
+  decays = load_decays(log_decay_ptr, segments_ptr, batch, head, start, T, i, H, SEGMENTED)
+  beta = tl.load(beta_ptr + gates + i * H, mask=is_token, other=0.0)
+  if RESIDUAL:
+    gamma = tl.load(gamma_ptr + gates + i * H, mask=is_token, other=0.0)
+
+  # Inside the chunk. dv falls out on the way.
+  dgram = tl.zeros([C, C], tl.float32)
+  dp_F = tl.zeros([C, C], tl.float32)
+  dz_F = tl.zeros([C, C], tl.float32)
+  for tile in tl.range(tiles, num_stages=STAGES):
+    F = load_columns(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+    dy = load_columns(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+    dgram = tl.dot(dy, tl.trans(F), dgram, input_precision=PRECISION)
+    dv = beta[:, None] * dy.to(tl.float32)
+    if RESIDUAL:
+      dp = load_columns(dprediction_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      dp_F = tl.dot(dp, tl.trans(F), dp_F, input_precision=PRECISION)
+      dv -= dp.to(tl.float32)
+      dz = load_columns(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      F = load_columns(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      dz_F = tl.dot(dz, tl.trans(F), dz_F, input_precision=PRECISION)
+    columns = tile * BLOCK_V + e
+    store_tile(
+      dv_ptr + value_rows[:, None] + columns[None, :],
+      dv.to(dtype),
+      is_token[:, None] & (columns < V)[None, :],
+      EVEN,
+    )
+  out_gates = (batch * chunks + n) * C * H + head + fresh(i, T) * H
+  dG = tl.load(dcumulative_ptr + out_gates)
+  is_diagonal = i[:, None] == i[None, :]
+  tl.store(dbeta_ptr + out_gates, tl.sum(tl.where(is_diagonal, dgram, 0.0), 1))
+  if RESIDUAL:
+    dgamma = tl.load(dgamma_read_ptr + out_gates) + tl.sum(tl.where(is_diagonal, dz_F, 0.0), 1)
+    tl.store(dgamma_ptr + out_gates, dgamma)
+  cumulative, before, era, era_before, is_reset = chunk_decays(*decays, SEGMENTED)
+  if DELTA or RESIDUAL:
+    k = load_tile(k_ptr + key_offsets, key_seen, EVEN)
+    gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    dgram *= -beta[:, None] * beta[None, :]
+    if RESIDUAL:
+      L = decay_between(before, era_before, cumulative, era, False, C)
+      gram *= L
+      dp_F *= beta[None, :]
+      dGx = tl.sum(dp_F * gram, 1)
+      if DELTA:
+        dgram -= gamma[:, None] * dz_F * gamma[None, :]
+        # The rule reads a state that has decayed by the token's own decay, the prediction does not.
+        dgram *= tl.where(is_reset, 0.0, tl.exp2(cumulative - before))[:, None]
+        dG += tl.sum(dgram * gram, 1)
+        dgram += dp_F
+      else:
+        dgram = dp_F
+    else:
+      L = decay_between(cumulative, era, cumulative, era, False, C)
+      gram *= L
+      dG += tl.sum(dgram * gram, 1)
+    dG -= tl.sum(dgram * gram, 0)
+    dgram_low = (dgram * L).to(dtype)
+
+  # What the keys saw of the states as readers (dX, dY), then as writers (U, W).
+  dk = tl.zeros([C, BLOCK_K], tl.float32)
+  k = load_tile(k_ptr + key_offsets, key_seen, EVEN)
+  from_start = decay_in(cumulative, era)
+  if RESIDUAL:
+    decay_before = decay_in(before, era_before)
+    for tile in tl.range(tiles, num_stages=STAGES):
+      dp = load_columns(dprediction_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      state_rows = (tile * BLOCK_V + e) * K
+      is_value = tile * BLOCK_V + e < V
+      S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      dk = tl.dot(scaled(decay_before, dp), S, dk, input_precision=PRECISION)
+    before_read = tl.sum(k.to(tl.float32) * dk, 1)
+    dGx += before_read
+    dG -= before_read
+  if DELTA:
+    for tile in tl.range(tiles, num_stages=STAGES):
+      dy = load_columns(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+      state_rows = (tile * BLOCK_V + e) * K
+      is_value = tile * BLOCK_V + e < V
+      S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      dk = tl.dot(scaled(-from_start * beta, dy), S, dk, input_precision=PRECISION)
+      if RESIDUAL:
+        dz = load_columns(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
+        R = load_columns(residual_states_ptr, state_rows, a, 0, is_value, K, EVEN)
+        dk = tl.dot(scaled(-from_start * gamma, dz), R, dk, input_precision=PRECISION)
+  if DELTA or RESIDUAL:
+    reads = tl.sum(k.to(tl.float32) * dk, 1)
+    dG += reads
+  to_end = decay_out(cumulative, era, C)
+  carried = tl.zeros([NARROW, BLOCK_K], tl.float32)
+  for tile in tl.range(narrow_tiles, num_stages=STAGES + 1):
+    F = load_columns(base_error_ptr, value_rows, b, tile * NARROW, is_token, V, EVEN)
+    state_rows = (tile * NARROW + b) * K
+    is_value = tile * NARROW + b < V
+    dS = load_columns(dstates_ptr, state_rows, a, 0, is_value, K, EVEN)
+    dk = tl.dot(scaled(to_end * beta, F), dS, dk, input_precision=PRECISION)
+    S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+    carried += S.to(tl.float32) * dS.to(tl.float32)
+  # A loop of its own: the shared memory of both together would leave one program a multiprocessor.
+  if RESIDUAL:
+    for tile in tl.range(narrow_tiles, num_stages=STAGES + 1):
+      F = load_columns(residual_error_ptr, value_rows, b, tile * NARROW, is_token, V, EVEN)
+      state_rows = (tile * NARROW + b) * K
+      is_value = tile * NARROW + b < V
+      dS = load_columns(residual_dstates_ptr, state_rows, a, 0, is_value, K, EVEN)
+      dk = tl.dot(scaled(to_end * gamma, F), dS, dk, input_precision=PRECISION)
+      S = load_columns(residual_states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      carried += S.to(tl.float32) * dS.to(tl.float32)
+  writes = tl.sum(k.to(tl.float32) * dk, 1)
+  if DELTA or RESIDUAL:
+    writes -= reads
+  decay_all = tl.sum(tl.where(i == C - 1, from_start, 0.0), 0)
+  closing = tl.sum(writes, 0) + decay_all * tl.sum(tl.sum(carried, 1), 0)
+  dG += tl.where(i == C - 1, closing, 0.0) - writes
+  q = load_tile(q_ptr + key_offsets, key_seen, EVEN)
+  square = (pair * chunks + n) * (C * C) + i[:, None] * C + i[None, :]
+  dscores = tl.load(dscores_ptr + square)
+  # These products come out as [K, C]: the transpose of a product of registers must not enter
+  # another product (miscompiled for sm_90 by Triton 3.4 to 3.7.0).
+  dk_t = tl.dot(tl.trans(q), dscores, input_precision=PRECISION)
+  if DELTA or RESIDUAL:
+    dk = tl.dot(dgram_low, k, dk, input_precision=PRECISION)
+    dk_t = tl.dot(tl.trans(k), dgram_low, dk_t, input_precision=PRECISION)
+  dk += tl.trans(dk_t)
+  dk_offsets = gates * K + i[:, None] * (H * K) + a[None, :]
+  store_tile(dk_ptr + dk_offsets, dk.to(dtype), key_seen, EVEN)
+
+  # d log a_t: every dG from t on, and every dGx after t.
+  if RESIDUAL:
+    after = tl.sum(dG + dGx, 0) - tl.cumsum(dG + dGx, 0)
+  else:
+    after = tl.sum(dG, 0) - tl.cumsum(dG, 0)
+  tl.store(dlog_decay_ptr + out_gates, tl.where(is_reset, 0.0, after + dG))

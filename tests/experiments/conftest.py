@@ -1,0 +1,16 @@
+"""What the tests of the experiments share."""
+
+import sys
+
+import pytest
+from absl import flags
+
+
+@pytest.fixture(autouse=True)
+def no_flags_left():
+  """Programs whose flags have the same names can be imported one after the other."""
+  yield
+  for module in ('mqar_sweep', 'state_tracking_sweep'):
+    if sys.modules.pop(module, None):
+      for flag in list(flags.FLAGS.flags_by_module_dict().get(module, [])):
+        delattr(flags.FLAGS, flag.name)
