@@ -8,8 +8,8 @@ Command: python experiments/state_tracking_sweep.py --workdir=runs/tracking
   --workdir=runs/parity --suite=state_tracking. The third word of the config string makes the range
   of beta (0, 2).
 Hardware: one NVIDIA H200, or a CPU for a smaller --config.steps.
-Wall time: 16 of the sweep's 18 rows of three seeds, some five minutes beside other work on the card
-  (permutations of rdn were not reached). 600 steps of half the batch take 3 to 5 minutes on a CPU.
+Wall time: the sweep's 18 rows of three seeds, some six minutes beside other work on the card. 600
+  steps of half the batch take 3 to 5 minutes on a CPU.
 Result: experiments/results/state_tracking, scaled accuracy at 64, 128 and 256 tokens, three seeds.
   Parity with beta in (0, 1): delta_net 0.992, 0.664, 0.334, gdn 0.997, 0.705, 0.353, rdn 0.987,
   0.693, 0.348; in (0, 2) all three 1.000, 1.000 and 0.985 to 0.995. Modular arithmetic at 64

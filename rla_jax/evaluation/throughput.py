@@ -264,12 +264,13 @@ def prepare_prefill(
   params, prompts = _params(model), _tokens(model, count, length)
   fused = LanguageModel(with_fused_attention(model.config))
 
-  def call():
-    if 'attention' in model.config.pattern and fused != model:
-      return _read_at_once(fused, params, prompts)
-    return generation.prefill(model, params, prompts, BLOCK, chunk=chunk)[0]
-
-  jax.block_until_ready(call())
+  if 'attention' in model.config.pattern and fused != model:
+    # Not run before all others are compiled: cuDNN cannot be loaded beside a CUDA graph's capture.
+    read = _read_at_once.lower(fused, params, prompts).compile()
+    call = functools.partial(read, params, prompts)
+  else:
+    call = lambda: generation.prefill(model, params, prompts, BLOCK, chunk=chunk)[0]  # noqa: E731
+    jax.block_until_ready(call())
   held = _held(model, params, count, length)
   return lambda: Timing(_median(call), count * length, held)
 

@@ -105,6 +105,19 @@ def test_throughput_of_a_mixer(monkeypatch, tmp_path):
     assert (tmp_path / f'memory_{kind}.png').stat().st_size > 1000
 
 
+def test_a_prompt_is_read_at_once_where_attention_is_fused(monkeypatch):
+  own = ModelConfig(
+    vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8, pattern=('attention',)
+  )
+  options = {'attention': {'implementation': 'xla'}}
+  monkeypatch.setattr(
+    throughput, 'with_fused_attention', lambda c: dataclasses.replace(c, layer_options=options)
+  )
+  monkeypatch.setattr(throughput, 'REPETITIONS', 1)
+  timing = throughput.prepare_prefill(LanguageModel(own), 2, 8, 8)()
+  assert timing.seconds > 0 and timing.rate == pytest.approx(16 / timing.seconds)
+
+
 def test_throughput_measures_what_is_missing_until_the_budget_is_spent(monkeypatch, tmp_path):
   model = ModelConfig(vocab_size=9, num_layers=1, model_dim=8, num_heads=1, head_dim=8)
   asked = []

@@ -54,7 +54,9 @@ def test_the_page_names_every_commit_of_ours():
 
 
 def test_the_readme_names_the_commit_of_its_times():
-  (commit,) = commits(r for r in in_the_table() if r['length'] == '2048')
+  (commit,) = commits(
+    r for r in in_the_table() if r['length'] == '2048' and r['operation'] in ('rdn', 'gdn')
+  )
   assert f'commit {commit}' in words('README.md')
 
 
@@ -86,6 +88,5 @@ def test_decode_moves_the_states_at_the_copy_rate():
 def test_the_page_tells_every_case_that_is_over_the_bar():
   text = words('docs/gpu.md')
   for row in results('accuracy.csv'):
-    if row['passed'] != 'True':
-      worst = max(float(row[name]) for name in ERRORS if row[name])
-      assert f'{100 * worst:.2g} %' in text, (row['operation'], row['size'], row['length'])
+    for name in (name for name in ERRORS if f'{name} ' in row['over_the_bar']):
+      assert f'{100 * float(row[name]):.2g} %' in text, (row['operation'], row['size'], name)
