@@ -14,7 +14,8 @@ Result: experiments/results/mqar, three seeds. At width 64 and 128: delta_net 0.
   0.882 and 0.982: all four within 0.022 of the published ones; sgla 0.890 and 0.986; with twice
   their state rdn 0.879 and 0.971, rla 0.882 and 0.970, two_state 0.841 and 0.980; with their state
   rdn_equal_state 0.834 and 0.963, two_state_equal_state 0.775 and 0.931, rla_equal_state 0.719 and
-  0.885. Deviations over the seeds are 0.003 to 0.011, where no seed is lost.
+  0.885. Deviations over the seeds are 0.003 to 0.011 at width 64 where no seed is lost, and up to
+  0.043 (rla_equal_state 0.142) at 128, by one of three.
 
 As published: two layers of two heads, a gated convolution of width 3 and then the mixer, each with
 x + norm(x) behind it in place of an MLP; tied embeddings, layer norms, no positions, dropout of 0.1

@@ -7,9 +7,9 @@ Hardware: meant for one to eight GPUs of 40 GB or more; --config.device_tokens t
   speed. Fastest of what was measured: --config.model.unroll_layers=True, which takes a minute to
   compile, with --config.model.remat=none on cards of 141 GB (75.9 GiB at 16 rows, which is
   device_tokens) and --config.model.remat=both on those of 80 GB (58.8 GiB at commit 3406ef8).
-Wall time: not run to the end. On one H200 (commit ddf1d16) a step of 16 rows with remat none takes
-  364 ms, 180,243 tokens/s, MFU 36.1 %; on two, 353,595 tokens/s; the 6.8 B tokens would take 10.5
-  and 5.4 hours at these rates.
+Wall time: not run to the end. On one H200 (commit 22b3e3e) a step of 16 rows with remat none takes
+  360 ms, 182,151 tokens/s, MFU 36.5 %; on two and four, 358,218 and 712,985 tokens/s; the 6.8 B
+  tokens would take 10.4, 5.3 and 2.6 hours at these rates.
 Result: not yet run.
 """
 

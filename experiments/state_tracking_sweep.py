@@ -54,7 +54,7 @@ _TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Only write table and figur
 def main(_):
   """Runs the sweep as the flags say, then writes its curves, table and figure."""
   root = pathlib.Path(_WORKDIR.value)
-  curves = Curves(root, read_known(_KNOWN.value), CONFIG['EPOCHS'])
+  curves = Curves(root, read_known(_KNOWN.value))
   if not _TABLE_ONLY.value:
     sweep(root, curves)
   found = curves.all()

@@ -201,10 +201,16 @@ def _in_order(kinds, models, lengths) -> list[tuple]:
 
 
 def _groups(plan: list[tuple]) -> Iterator[list[tuple]]:
-  """Parts of the plan that are compiled side by side; parameters are those of one model."""
+  """Parts of the plan that are compiled side by side; parameters are those of one model.
+
+  Prompts of attention come one by one: they are read once before they are timed, and cuDNN cannot
+  be loaded while another thread captures a CUDA graph.
+  """
 
   def shared(entry):
     identity = entry[0]
+    if identity['kind'] == 'prefill' and 'attention' in identity['mixer']:
+      return identity['model'], identity['length']
     return None if identity['kind'] == 'train' else identity['model']
 
   for _, entries in itertools.groupby(plan, shared):
@@ -264,13 +270,12 @@ def prepare_prefill(
   params, prompts = _params(model), _tokens(model, count, length)
   fused = LanguageModel(with_fused_attention(model.config))
 
-  if 'attention' in model.config.pattern and fused != model:
-    # Not run before all others are compiled: cuDNN cannot be loaded beside a CUDA graph's capture.
-    read = _read_at_once.lower(fused, params, prompts).compile()
-    call = functools.partial(read, params, prompts)
-  else:
-    call = lambda: generation.prefill(model, params, prompts, BLOCK, chunk=chunk)[0]  # noqa: E731
-    jax.block_until_ready(call())
+  def call():
+    if 'attention' in model.config.pattern and fused != model:
+      return _read_at_once(fused, params, prompts)
+    return generation.prefill(model, params, prompts, BLOCK, chunk=chunk)[0]
+
+  jax.block_until_ready(call())
   held = _held(model, params, count, length)
   return lambda: Timing(_median(call), count * length, held)
 

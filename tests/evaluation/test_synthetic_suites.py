@@ -188,11 +188,19 @@ def test_throughput_takes_what_fits_alone_and_one_model_s_parameters_at_a_time(
     ('train', 'gdn'), ('train', 'rdn'), ('decode', 'gdn'), ('decode', 'gdn'), ('decode', 'rdn')
   ]
   assert all(row['tokens_per_second'] for row in rows)
-  entries = [({'kind': kind, 'model': model}, '', None) for kind, model in (
-    ('train', 'a'), ('train', 'b'), ('prefill', 'a'), ('decode', 'a'), ('prefill', 'b')
-  )]  # fmt: skip
+
+
+def test_what_is_compiled_side_by_side(monkeypatch):
+  entries = [
+    ({'kind': kind, 'model': mixer, 'mixer': mixer, 'length': length}, '', None)
+    for kind, mixer, length in (
+      ('train', 'rdn', 8), ('train', 'gdn', 8), ('prefill', 'rdn', 8), ('decode', 'rdn', 8),
+      ('prefill', 'gdn', 8), ('prefill', 'attention', 8), ('prefill', 'attention', 16),
+      ('decode', 'attention', 8), ('decode', 'attention', 16),
+    )
+  ]  # fmt: skip
   monkeypatch.setattr(throughput, 'COMPILERS', 8)
-  assert [len(group) for group in throughput._groups(entries)] == [2, 2, 1]
+  assert [len(group) for group in throughput._groups(entries)] == [2, 2, 1, 1, 1, 2]
 
 
 def test_long_calls_are_timed_twice(monkeypatch):

@@ -83,10 +83,15 @@ def test_the_command_trains_once_and_writes_its_table(tmp_path, capsys):
     first = capsys.readouterr().out
     state_tracking_sweep.main(None)
     again = capsys.readouterr().out
+    flags.FLAGS([*arguments, f'--workdir={tmp_path}/new', f'--known={tmp_path}/curves.csv'])
+    state_tracking_sweep.main(None)
+    known = capsys.readouterr().out
     flags.FLAGS([*arguments, '--ranges=3'])
     with pytest.raises(ConfigError, match="--ranges has '3'; expected some of 1, 2"):
       state_tracking_sweep.main(None)
   assert first.count(': finished in') == 4 and again.count(': finished before') == 4
+  assert known.count(': finished before') == 4
+  assert known[known.index('| task') :] == first[first.index('| task') :]
   assert '| parity | delta_net | (0, 1) | 0.001 | 2 | 2 |' in first
   rows = read_rows(tmp_path / 'results.csv')
   assert [(r['task'], r['beta'], r['seed'], r['epoch']) for r in rows] == [

@@ -78,6 +78,11 @@ CASES = {
     dtype='bfloat16', T=256, K=128, V=128, common=0.9, residual=False
   ),
   'float16': Case(dtype='float16', K=32, V=32),
+  'bfloat16, odd sizes, grouped heads, segments, resets, pieces': Case(
+    dtype='bfloat16', H=2, K=20, V=40, T=150, segments=True, resets=True, pieces=2
+  ),
+  'bfloat16, odd sizes, chunk 16': Case(dtype='bfloat16', K=20, V=40, T=75, chunk_size=16),
+  'bfloat16, odd sizes, chunk 64': Case(dtype='bfloat16', K=20, V=40, T=75, chunk_size=64),
   # Parts of 32 tokens, so that segments start at a part's first token and elsewhere.
   'split, segments, resets': Case(T=129, segments=True, resets=True, split=5),
   'split, additive, segments, resets': Case(
@@ -254,6 +259,7 @@ KERNELS = {
   'forward, few heads': forward_kernel,
   'forward, saving, few heads': forward_kernel,
   'sweep': sweep_kernel,
+  'sweep, residual': sweep_kernel,
   'queries': queries_kernel,
   'keys': keys_kernel,
   'transitions': transitions_kernel,
@@ -289,7 +295,8 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
     'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual), 'SCORES': 0,
     'INVERSE': 1, 'QUERY_READ': 0, 'KEY_READ': 7, 'OUT': 2,
-    'PREDICTION': 2 + delta if residual else None, 'PREDICTED': False,
+    'PREDICTION': 2 + delta if residual and name == 'sweep' else None,
+    'PREDICTED': name == 'sweep, residual',
   }  # fmt: skip
   kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i32'}
   kinds |= dict.fromkeys(FLOAT32, '*fp32') | dict.fromkeys(SCALARS, 'i32')
@@ -331,14 +338,14 @@ BUILDS = [
   (90, 'forward, saving, few heads', 'delta residual'),
   (90, 'sweep', 'delta residual'),
   (90, 'sweep', 'additive residual'),
+  (90, 'sweep, residual', 'delta residual'),
+  (90, 'sweep, residual', 'additive residual'),
   (90, 'sweep', 'delta'),
   (90, 'sweep', 'additive'),
   (90, 'queries', 'delta residual'),
   (90, 'queries', 'additive residual'),
   (90, 'queries', 'delta'),
   (90, 'queries', 'additive'),
-  (90, 'keys', 'additive residual'),
-  (90, 'keys', 'delta'),
   (90, 'keys', 'additive'),
   (90, 'transitions', 'delta residual'),
   (90, 'combine', 'delta residual'),
@@ -347,7 +354,12 @@ BUILDS = [
   (80, 'forward', 'additive'),
   (80, 'sweep', 'additive'),
 ]
-TIGHT = [(90, 'forward', 'delta residual'), (90, 'forward, saving', 'additive residual')]
+TIGHT = [
+  (90, 'forward', 'delta residual'),
+  (90, 'forward, saving', 'additive residual'),
+  (90, 'keys', 'additive residual'),
+  (90, 'keys', 'delta'),
+]
 SPILLING = [
   (90, 'forward, saving', 'delta residual'),
   (90, 'keys', 'delta residual'),

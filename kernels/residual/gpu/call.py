@@ -39,7 +39,7 @@ SAVED_NAME = 'residual_attention_saved'
 INPUTS = ('BTGK', 'BTGK', 'BTHV', 'BTH', 'BTH', 'BTH', 'BHKV', 'BHKV', 'BT')
 OUTPUTS = ('BTHV', 'BHKV', 'BHKV')
 # States before every span of chunks, errors of both states, where the residual passes the clip: a
-# bit a token, in words of 16 for every chunk and value.
+# bit a token, in words of 32 for every chunk and value.
 SAVED = ('BHNVK', 'BHNVK', 'BTHV', 'BTHV', 'BHCWV')
 
 

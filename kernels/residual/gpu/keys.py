@@ -146,7 +146,8 @@ def keys_kernel(
   if DELTA or RESIDUAL:
     k = load_tile(k_ptr + key_offsets, key_seen, EVEN)
     gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    dgram *= -beta[:, None] * beta[None, :]
+    if DELTA:
+      dgram *= -beta[:, None] * beta[None, :]
     if RESIDUAL:
       L = decay_between(before, era_before, cumulative, era, False, C)
       gram *= L

@@ -3,8 +3,7 @@
 Called for the residual state, whose gradient the outputs alone decide, and then for the base state,
 which is read by the residuals too. Only what the next chunk waits for is computed here: the adjoint
 from dW to dR0, and from dU to dS0. What it learns (dR1, dz and the prediction's gradient dp, dS1
-and dy) is stored for `queries` and `keys`, which are parallel over chunks. Transposed like
-`forward`.
+and dy) is stored for `keys`, which is parallel over chunks. Transposed like `forward`.
 """
 
 import triton

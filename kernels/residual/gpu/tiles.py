@@ -70,7 +70,8 @@ def store_bits(pointer, rows, row_seen, tile, V: tl.constexpr, C: tl.constexpr):
   """Stores a tile [rows, C] of 0 and 1 as bits of int32, words of 32 tokens V apart.
 
   By a product with powers of two, which is exact and gives the halves of words: a sum along the
-  tokens would take the tile through shared memory first.
+  tokens would take the tile through shared memory first. Of chunks of 16 the upper halves stay as
+  they were, and are not looked at.
   """
   i = tl.arange(0, C)
   half = tl.arange(0, 16)
