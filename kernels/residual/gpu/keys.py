@@ -14,6 +14,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   fresh,
   load_columns,
   load_decays,
+  load_state,
   load_tile,
   scaled,
   store_tile,
@@ -176,9 +177,7 @@ def keys_kernel(
     decay_before = decay_in(before, era_before)
     for tile in tl.range(tiles, num_stages=STAGES):
       dp = load_columns(dprediction_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-      state_rows = (tile * BLOCK_V + e) * K
-      is_value = tile * BLOCK_V + e < V
-      S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      S = load_state(states_ptr, tile * BLOCK_V + e, a, K, V, EVEN)
       dk = tl.dot(scaled(decay_before, dp), S, dk, input_precision=PRECISION)
     before_read = tl.sum(k.to(tl.float32) * dk, 1)
     dGx += before_read
@@ -186,13 +185,11 @@ def keys_kernel(
   if DELTA:
     for tile in tl.range(tiles, num_stages=STAGES):
       dy = load_columns(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-      state_rows = (tile * BLOCK_V + e) * K
-      is_value = tile * BLOCK_V + e < V
-      S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      S = load_state(states_ptr, tile * BLOCK_V + e, a, K, V, EVEN)
       dk = tl.dot(scaled(-from_start * beta, dy), S, dk, input_precision=PRECISION)
       if RESIDUAL:
         dz = load_columns(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-        R = load_columns(residual_states_ptr, state_rows, a, 0, is_value, K, EVEN)
+        R = load_state(residual_states_ptr, tile * BLOCK_V + e, a, K, V, EVEN)
         dk = tl.dot(scaled(-from_start * gamma, dz), R, dk, input_precision=PRECISION)
   if DELTA or RESIDUAL:
     reads = tl.sum(k.to(tl.float32) * dk, 1)
@@ -201,21 +198,17 @@ def keys_kernel(
   carried = tl.zeros([NARROW, BLOCK_K], tl.float32)
   for tile in tl.range(narrow_tiles, num_stages=STAGES + 1):
     F = load_columns(base_error_ptr, value_rows, b, tile * NARROW, is_token, V, EVEN)
-    state_rows = (tile * NARROW + b) * K
-    is_value = tile * NARROW + b < V
-    dS = load_columns(dstates_ptr, state_rows, a, 0, is_value, K, EVEN)
+    dS = load_state(dstates_ptr, tile * NARROW + b, a, K, V, EVEN)
     dk = tl.dot(scaled(to_end * beta, F), dS, dk, input_precision=PRECISION)
-    S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+    S = load_state(states_ptr, tile * NARROW + b, a, K, V, EVEN)
     carried += S.to(tl.float32) * dS.to(tl.float32)
   # A loop of its own: the shared memory of both together would leave one program a multiprocessor.
   if RESIDUAL:
     for tile in tl.range(narrow_tiles, num_stages=STAGES + 1):
       F = load_columns(residual_error_ptr, value_rows, b, tile * NARROW, is_token, V, EVEN)
-      state_rows = (tile * NARROW + b) * K
-      is_value = tile * NARROW + b < V
-      dS = load_columns(residual_dstates_ptr, state_rows, a, 0, is_value, K, EVEN)
+      dS = load_state(residual_dstates_ptr, tile * NARROW + b, a, K, V, EVEN)
       dk = tl.dot(scaled(to_end * gamma, F), dS, dk, input_precision=PRECISION)
-      S = load_columns(residual_states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      S = load_state(residual_states_ptr, tile * NARROW + b, a, K, V, EVEN)
       carried += S.to(tl.float32) * dS.to(tl.float32)
   writes = tl.sum(k.to(tl.float32) * dk, 1)
   if DELTA or RESIDUAL:

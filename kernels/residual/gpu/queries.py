@@ -12,6 +12,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   decay_in,
   load_columns,
   load_decays,
+  load_state,
   load_tile,
   store_tile,
 )
@@ -126,17 +127,13 @@ def queries_kernel(
   if RESIDUAL:
     for tile in tl.range(tiles, num_stages=STAGES + 2):
       do = load_columns(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-      state_rows = (tile * BLOCK_V + e) * K
-      is_value = tile * BLOCK_V + e < V
-      R = load_columns(residual_states_ptr, state_rows, a, 0, is_value, K, EVEN)
+      R = load_state(residual_states_ptr, tile * BLOCK_V + e, a, K, V, EVEN)
       dq = tl.dot(do, R, dq, input_precision=PRECISION)
     dgamma += from_start * tl.sum(q.to(tl.float32) * dq, 1)
     dq *= gamma[:, None]
   for tile in tl.range(tiles, num_stages=STAGES + 2):
     do = load_columns(do_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
-    state_rows = (tile * BLOCK_V + e) * K
-    is_value = tile * BLOCK_V + e < V
-    S = load_columns(states_ptr, state_rows, a, 0, is_value, K, EVEN)
+    S = load_state(states_ptr, tile * BLOCK_V + e, a, K, V, EVEN)
     dq = tl.dot(do, S, dq, input_precision=PRECISION)
   dq *= from_start[:, None]
   dG += tl.sum(q.to(tl.float32) * dq, 1)

@@ -66,6 +66,12 @@ def load_columns(
 
 
 @triton.jit
+def load_state(pointer, values, keys, K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr):
+  """Rows `values` of a state as it is stored, [V, K]; zero beyond V and K."""
+  return load_columns(pointer, values * K, keys, 0, values < V, K, EVEN)
+
+
+@triton.jit
 def store_bits(pointer, rows, row_seen, tile, V: tl.constexpr, C: tl.constexpr):
   """Stores a tile [rows, C] of 0 and 1 as bits of int32, words of 32 tokens V apart.
 
