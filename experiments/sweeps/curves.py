@@ -42,6 +42,8 @@ class Curves:
     for key, rows in by_member.items():
       if epochs in (None, max(row['epoch'] for row in rows)):
         self._known[key] = rows
+    if left := len(by_member) - len(self._known):
+      print(f'{left} of {len(by_member)} known members did not come to epoch {epochs}: left out')
 
   def of(
     self, folder: pathlib.Path, columns: Mapping[str, object], members: Sequence[Member]

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rla_jax.evaluation.provenance import commit, today
-from rla_jax.evaluation.results import write_rows
+from rla_jax.evaluation.results import read_rows, write_rows
 from rla_jax.training.progress import duration
 from sweeps.ahead import Ahead
 from sweeps.curves import Curves
@@ -77,7 +77,7 @@ def train(
     later = [r for after in plan[number + 1 :] if (r := after())]
     later = [r for r in later if curves.of(r.folder, r.columns, r.members) is None]
     found, finished = trainer(run, later)
-    rows = [{**run.columns, **row, **_provenance()} for row in found]
+    rows = [{**run.columns, **row, **_provenance(run.folder)} for row in found]
     if not finished:
       if rows:
         write_rows(run.folder / 'unfinished.csv', rows)
@@ -131,9 +131,11 @@ def _build(run: Run) -> Ensemble:
   return ensemble
 
 
-def _provenance() -> dict[str, str]:
-  """When and where a run ended, and with what."""
+def _provenance(folder: pathlib.Path) -> dict[str, str]:
+  """When and where a run ended, and with what; the commits of all calls that had a part in it."""
+  unfinished = folder / 'unfinished.csv'
+  earlier = read_rows(unfinished)[0]['commit'].split() if unfinished.exists() else []
   return {
     'date': today(), 'device': f'{jax.device_count()} {jax.devices()[0].device_kind}',
-    'jax': jax.__version__, 'commit': commit() or 'unknown',
+    'jax': jax.__version__, 'commit': ' '.join(dict.fromkeys([*earlier, commit() or 'unknown'])),
   }

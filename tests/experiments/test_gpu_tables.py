@@ -88,5 +88,7 @@ def test_decode_moves_the_states_at_the_copy_rate():
 def test_the_page_tells_every_case_that_is_over_the_bar():
   text = words('docs/gpu.md')
   for row in results('accuracy.csv'):
-    for name in set(ERRORS) & set(row['over_the_bar'].split()):
+    over = set(ERRORS) & set(row['over_the_bar'].split())
+    assert (row['passed'] == 'True') == (not over), row
+    for name in over:
       assert f'{100 * float(row[name]):.2g} %' in text, (row['operation'], row['size'], name)

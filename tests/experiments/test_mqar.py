@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'experiments'))
 
 from sweeps import recall_table as table  # noqa: E402
+from sweeps import runs  # noqa: E402
 from sweeps.ahead import Ahead  # noqa: E402
 from sweeps.alone import train_alone  # noqa: E402
 from sweeps.arrays import evaluation_arrays, training_arrays  # noqa: E402
@@ -186,6 +187,34 @@ def test_a_width_is_finished_before_the_next(monkeypatch, tmp_path):
     flags.FLAGS([*arguments, f'--known={tmp_path}/no.csv'])
     with pytest.raises(ConfigError, match=r'no\.csv: no such file'):
       mqar_sweep.main(None)
+
+
+def test_a_run_names_the_commits_of_all_calls_that_trained_it(monkeypatch, tmp_path):
+  member = Member(0.1, 0)
+  plan = [lambda: runs.Run(tmp_path / 'run', None, (member,), {'mixer': 'gdn', 'width': 64})]
+
+  def call(commit, epoch, finished):
+    monkeypatch.setattr(runs, 'commit', lambda: commit)
+    (tmp_path / 'run').mkdir(exist_ok=True)
+    row = {'epoch': epoch, 'learning_rate': 0.1, 'seed': 0, 'accuracy': 0.5}
+    runs.train(plan, Curves(tmp_path), lambda run, later: ([row], finished), lambda: False)
+
+  call('0123abc', 4, False)
+  call('4567890', 8, False)
+  call('4567890', 16, True)
+  (row,) = read_rows(tmp_path / 'run' / 'curve.csv')
+  assert (row['commit'], row['epoch']) == ('0123abc 4567890', 16)
+  assert not (tmp_path / 'run' / 'unfinished.csv').exists()
+
+
+def test_known_curves_that_are_too_short_are_told(capsys, tmp_path):
+  rows = [
+    {'mixer': mixer, 'learning_rate': 0.1, 'seed': 0, 'epoch': epoch}
+    for mixer, epoch in (('gdn', 16), ('gdn', 32), ('rdn', 16))
+  ]
+  found = Curves(tmp_path, rows, 32).all()
+  assert {row['mixer'] for row in found} == {'gdn'}
+  assert '1 of 2 known members did not come to epoch 32' in capsys.readouterr().out
 
 
 def test_what_is_made_ahead_is_made_once_and_raises_where_it_is_taken():
