@@ -93,7 +93,7 @@ def heuristic(
   if rdn and not large and tile == 64 and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS:
     # One program a multiprocessor waits for itself. Two of half the width wait for each other,
     # which gains more than wgmma: 1.26 to 0.95 ms (4 x 8192 tokens, 16 heads of 128, on an H200).
-    forward = Kernel(32, 4, 2)
+    forward = Kernel(32, 4, 3)
   parallel = Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3)
   return Blocks(
     chunk=16 if large else 32,

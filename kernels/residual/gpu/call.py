@@ -1,12 +1,13 @@
 """Launches the kernels from JAX: forward, backward in pieces, and their rules for grad and vmap.
 
-Forward: `prepare` and `forward`. Backward: `prepare`, `sweep` for the residual state and then for
-the base state, `queries` and `keys`. These and `prepare` are parallel over chunks; the others walk
-them. Where heads are few, they walk several parts of a sequence side by side (`split`).
+Forward: `prepare` and `forward`. Backward: `sweep` for the residual state and then for the base
+state, `queries` and `keys`. These and `prepare` are parallel over chunks; the others walk them.
+Where heads are few, they walk several parts of a sequence side by side (`split`).
 """
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +26,35 @@ from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
 from rla_jax.kernels.residual.gpu.tiles import (
   BASE_IN,
   BASE_OUT,
-  BASE_READ,
+  BASE_UNDO,
   GATES,
+  RESIDUAL_IN,
   RESIDUAL_OUT,
   RESIDUAL_READ,
+  RESIDUAL_UNDO,
 )
 
 # Names for jax.checkpoint policies: the output, and what the backward pass reads beyond the inputs.
 OUTPUT_NAME = 'residual_attention_output'
 SAVED_NAME = 'residual_attention_saved'
 
+
+class Saved(NamedTuple):
+  """What the forward pass leaves to the backward pass; None for what a rule has not."""
+
+  states: Any  # before every span of chunks
+  residual_states: Any
+  base_error: Any  # F of both states
+  residual_error: Any
+  passes: Any  # where the residual passes the clip: a bit a token, in words of 32 a chunk and value
+  matrices: Any
+  gates: Any
+
+
 # Dimensions of what the kernels read and write, for the partitioning rule.
 INPUTS = ('BTGK', 'BTGK', 'BTHV', 'BTH', 'BTH', 'BTH', 'BHKV', 'BHKV', 'BT')
 OUTPUTS = ('BTHV', 'BHKV', 'BHKV')
-# States before every span of chunks, errors of both states, where the residual passes the clip: a
-# bit a token, in words of 32 for every chunk and value.
-SAVED = ('BHNVK', 'BHNVK', 'BTHV', 'BTHV', 'BHCWV')
+SAVED = Saved('BHNVK', 'BHNVK', 'BTHV', 'BTHV', 'BHCWV', 'BHCMIJ', 'BHCRI')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,27 +161,28 @@ class _Call:
     """Whether no tile needs a mask."""
     return self.T % self.tokens == 0 and _block(self.K) == self.K and self.V % max(1, block_v) == 0
 
-  def prepare(self, first, spans, *, adjoint):
-    """Matrices and gates of the chunks of some spans."""
+  def prepare(self):
+    """Matrices and gates of all chunks."""
     delta, residual = self.config.delta, self.config.residual
-    C, chunks = self.config.blocks.chunk, spans * self.config.blocks.span
+    C, chunks = self.config.blocks.chunk, self.spans * self.config.blocks.span
     log_decay, beta, gamma = self.gates
+    is_wide = self.q.dtype == jnp.float32
     return self.launch(
       prepare_kernel,
       *(self.q, self.k, log_decay, beta, gamma, self.segments),
-      *(self.T, first * self.config.blocks.span, chunks),
+      *(self.T, chunks),
       out_shape=(
         _array(
-          (self.B, self.H, chunks, matrices(delta=delta, residual=residual), C, C), self.q.dtype
+          (self.B, self.H, chunks, matrices(delta=delta, residual=residual), C, C),
+          jnp.float32 if is_wide else jnp.bfloat16,  # `prepare` says why not float16
         ),
         _array((self.B, self.H, chunks, GATES, C), jnp.float32),
       ),
-      programs=chunks * (1 + (delta and residual)) * self.pairs,
+      programs=chunks * self.pairs,
       block=self.config.blocks.prepare,
       C=C,
-      ADJOINT=adjoint,
       # Two bfloat16 parts are exact to 3e-5, far below the rounding of 16-bit results.
-      SOLVE='tf32x3' if self.q.dtype == jnp.float32 else 'parts',
+      SOLVE='tf32x3' if is_wide else 'parts',
     )
 
 
@@ -175,11 +190,11 @@ class _Call:
 def _forward(config: Config, save: bool):
   def run(q, k, v, log_decay, beta, gamma, base, residual, segments):
     call = _Call(config, q, k, v, log_decay, beta, gamma, segments)
-    prepared = call.prepare(0, call.spans, adjoint=False)
+    prepared = call.prepare()
     split = call.split(call.spans, config.blocks.forward)
     walk = functools.partial(_walk, call, prepared, split)
     if split > 1:
-      parts = Parts(call, prepared, 0, split, adjoint=False)
+      parts = Parts(call, prepared, 0, call.spans, split, adjoint=False)
       first = parts.at_edge(base)
       (_, ends, _), _ = walk(first, None, output=False, save=False)
       base = parts.combine(first, ends, 0)
@@ -231,9 +246,9 @@ def _walk(call, prepared, split, base, residual, *, output, save):
     SAVE=save,
   )
   kept = (save, keep_residual, keep_base_error, keep_residual, keep_passes)
-  saved = tuple(x if keep else None for x, keep in zip(saved, kept, strict=True))
+  saved = [x if keep else None for x, keep in zip(saved, kept, strict=True)]
   outputs = (o, base_out, residual_out if has_residual else None)
-  return outputs, saved if save else None
+  return outputs, Saved(*saved, squares, gates) if save else None
 
 
 @functools.cache
@@ -246,12 +261,15 @@ def _backward(config: Config):
     gates = []
     for first in reversed(range(0, call.spans, size)):
       piece = (first, min(size, call.spans - first))
-      dstates, dwritten, dbase, dresidual = _sweeps(call, do, saved[-1], dbase, dresidual, *piece)
-      found, piece_gates = _gradients(call, do, saved, dstates, dwritten, found, *piece)
+      dstates, dwritten, dbase, dresidual = _sweeps(call, do, saved, dbase, dresidual, *piece)
+      saved, found, piece_gates = _gradients(call, do, saved, dstates, dwritten, found, *piece)
       # One piece after the other, or the scheduler lets all of them live at once.
-      found, dbase, dresidual = jax.lax.optimization_barrier((found, dbase, dresidual))
+      later = (saved, found, dbase, dresidual)
+      saved, found, dbase, dresidual = jax.lax.optimization_barrier(later)
       gates.append(piece_gates)
     dq, dk, dv = found
+    replaced = _replaced(config, call)
+    dk = getattr(saved, replaced) if replaced else dk
     dlog_decay, dbeta, dgamma = jax.tree.map(
       lambda *parts: jnp.concatenate(parts[::-1], axis=1)[:, : call.T], *gates
     )
@@ -278,17 +296,17 @@ def _sum_heads(dx_BTHK, x_BTGK):
   return dx_BTHK.reshape(B, T, G, -1, K).astype(jnp.float32).sum(3).astype(x_BTGK.dtype)
 
 
-def _sweeps(call, do, passes, dbase, dresidual, first, spans):
+def _sweeps(call, do, saved, dbase, dresidual, first, spans):
   """Gradients of both states after every span, of what was written, and of the prediction."""
   delta, residual = call.config.delta, call.config.residual
-  prepared = call.prepare(first, spans, adjoint=True)
   split = call.split(spans, call.config.blocks.sweep)
-  parts = Parts(call, prepared, first, split, adjoint=True) if split > 1 else None
+  prepared = (saved.matrices, saved.gates)
+  parts = Parts(call, prepared, first, spans, split, adjoint=True) if split > 1 else None
 
   def sweep(dprediction, dstate, *places):
     predicted = residual and dprediction is None  # the residual state, to which the base one leads
     walk = functools.partial(
-      _sweep, call, do, prepared, passes, first, spans, split, dprediction, predicted
+      _sweep, call, do, saved, first, spans, split, dprediction, predicted
     )
     if parts is None:
       return walk(dstate, *places, store=True)
@@ -302,27 +320,29 @@ def _sweeps(call, do, passes, dbase, dresidual, first, spans):
   if residual:
     residual_dstates, dz, dprediction, dresidual = sweep(
       None, dresidual, 1 + delta, 4, None,
-      RESIDUAL_READ.value, RESIDUAL_READ.value, RESIDUAL_OUT.value,
+      RESIDUAL_READ.value, RESIDUAL_IN.value, RESIDUAL_OUT.value, RESIDUAL_UNDO.value,
     )  # fmt: skip
   dstates, dy, _, dbase = sweep(
-    dprediction, dbase, 0, 1, 2 + delta, BASE_IN.value, BASE_READ.value, BASE_OUT.value
-  )
+    dprediction, dbase, 0, 1, 2 + delta,
+    BASE_IN.value, BASE_IN.value, BASE_OUT.value, BASE_UNDO.value,
+  )  # fmt: skip
   return (dstates, residual_dstates), (dy, dz, dprediction), dbase, dresidual
 
 
 def _sweep(
-  call, do, prepared, passes, first, spans, split, dprediction, predicted,
-  dstate, scores, inverse, prediction, query_read, key_read, out, *, store,
+  call, do, saved, first, spans, split, dprediction, predicted,
+  dstate, scores, inverse, prediction, query_read, key_read, out, undo, *, store,
 ):  # fmt: skip
   config, block = call.config, call.config.blocks.sweep
   C, span = config.blocks.chunk, config.blocks.span
-  squares, gates = prepared
   states = (call.B, call.H, spans, call.V, call.K)
   dwritten = (call.B, spans * span * C, call.H, call.V)
   return call.launch(
     sweep_kernel,
-    *(call.q, call.k, do, squares, gates, do if dprediction is None else dprediction),
-    *(do if passes is None else passes, dstate, call.T, first * span, spans * span),
+    *(call.q, call.k, do, saved.matrices, saved.gates),
+    # Any array stands in for one that is not there.
+    *(do if x is None else x for x in (dprediction, saved.passes)),
+    *(dstate, call.T, first * span, spans * span),
     out_shape=(
       _array(states if store else (1,), do.dtype),
       _array(dwritten if store else (1,), do.dtype),
@@ -334,7 +354,7 @@ def _sweep(
     C=C,
     SPLIT=split,
     STORE=store,
-    MATRICES=squares.shape[3],
+    MATRICES=saved.matrices.shape[3],
     SCORES=scores,
     INVERSE=inverse,
     PREDICTION=None if dprediction is None else prediction,
@@ -342,42 +362,65 @@ def _sweep(
     QUERY_READ=query_read,
     KEY_READ=key_read,
     OUT=out,
+    UNDO=undo,
   )
 
 
-def _gradients(call, do, saved, dstates, dwritten, before, first, spans):
-  states, residual_states, base_error, residual_error, _ = saved
+def _replaced(config, call) -> str | None:
+  """The field of `Saved` that dk is written over, token by token, if one has its shape."""
+  if call.K != call.V:
+    return None
+  return 'residual_error' if config.residual else 'base_error' if config.delta else None
+
+
+def _gradients(call, do, saved, dstates, dwritten, found, first, spans):
+  """dq, dk and dv, which all pieces write to, and the gates' gradients.
+
+  `found` holds the first three from the pieces before, or is None. Where dk replaces what is saved,
+  it is in `saved`, which is returned too, and None in `found`.
+  """
   config, tokens = call.config, (*call.gates, call.segments)
-  dq, dk, dv = (call.q, call.k, call.v) if before is None else before
   gate = _array((call.B, spans * call.tokens, call.H), jnp.float32)
   gamma_gate = gate if config.residual else _array((1,), jnp.float32)
   keys = _array((call.B, call.T, call.H, call.K), do.dtype)
   dscores = _array((call.pairs, spans, call.tokens, call.tokens), do.dtype)
   # Without a delta rule the written value is v.
-  errors = (call.v if base_error is None else base_error, residual_error)
-  states = (states, residual_states)
+  base_error = call.v if saved.base_error is None else saved.base_error
+  forward = {
+    'base_error': base_error, 'residual_error': saved.residual_error,
+    'states': saved.states, 'residual_states': saved.residual_states,
+  }  # fmt: skip
 
-  def run(kernel, block, arrays, buffers, out_shape):
-    """`buffers`: of the first outputs, which all pieces write to."""
-    # Any array stands in where the kernel does not touch one that is not there.
-    arrays = [do if x is None else x for x in arrays]
+  def run(kernel, block, arrays, places, out_shape):
+    """`places`: the arrays that the first outputs are written over; no place if there is none."""
+    names = list(arrays)
     return call.launch(
       kernel,
-      *(call.q, call.k, *tokens, *arrays, *buffers),
+      # Any array stands in where the kernel does not touch one that is not there.
+      *(call.q, call.k, *tokens, *(do if x is None else x for x in arrays.values())),
       *(call.T, first, spans),
       out_shape=out_shape,
       programs=call.pairs * spans,
       block=block,
       C=call.tokens,
-      aliases=None if before is None else {6 + len(arrays) + n: n for n in range(len(buffers))},
+      aliases={
+        6 + names.index(place): n for n, place in enumerate(places) if arrays[place] is not None
+      },
     )
 
-  dq, *found = run(
-    queries_kernel, config.blocks.queries, (do, *errors, *states), (dq,),
+  dq, dk, dv = (None, None, None) if found is None else found
+  dq, *scores = run(
+    queries_kernel, config.blocks.queries, {'do': do, **forward, 'dq': dq}, ('dq',),
     (keys, dscores, gate, gamma_gate),
   )  # fmt: skip
+  backward = dict(zip(('dstates', 'residual_dstates'), dstates, strict=True))
+  backward |= dict(zip(('dy', 'dz', 'dprediction'), dwritten, strict=True))
+  backward |= dict(zip(('dscores', 'dcumulative', 'dgamma'), scores, strict=True))
+  replaced = _replaced(config, call)
   dk, dv, dlog_decay, dbeta, dgamma = run(
-    keys_kernel, config.blocks.keys, (*errors, *states, *dstates, *dwritten, *found), (dk, dv),
-    (keys, _array(call.v.shape, do.dtype), gate, gate, gamma_gate),
+    keys_kernel, config.blocks.keys, {**forward, **backward, 'dk': dk, 'dv': dv},
+    (replaced or 'dk', 'dv'), (keys, _array(call.v.shape, do.dtype), gate, gate, gamma_gate),
   )  # fmt: skip
-  return (dq, dk, dv), (dlog_decay, dbeta, dgamma if config.residual else None)
+  if replaced:
+    saved, dk = saved._replace(**{replaced: dk}), None
+  return saved, (dq, dk, dv), (dlog_decay, dbeta, dgamma if config.residual else None)

@@ -81,6 +81,11 @@ def forward_kernel(
   keeps what the backward pass reads, the states before every SPAN-th chunk among it. Without
   OUTPUT only final states are wanted, of all parts but the last.
   """
+  # The clip's bits wait for the end of a chunk where registers are there for them.
+  BITS_LAST: tl.constexpr = DELTA and BLOCK_V >= 64
+  # The pipeline prefetches what products take, which v is not with the delta rule: so it comes
+  # through a product with the identity, unless registers are short.
+  PREFETCH_V: tl.constexpr = DELTA and (not RESIDUAL or BLOCK_V < 64)
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   WORDS: tl.constexpr = (C + 31) // 32
   sequence = tl.program_id(0) // TILES
@@ -101,9 +106,11 @@ def forward_kernel(
   state_offsets = a[None, :] * V + e[:, None]
   saved_offsets = e[:, None] * K + a[None, :]
   is_value = first_value + e < V
+  identity = (i[:, None] == i[None, :]).to(v_ptr.dtype.element_ty)
   state_seen = (a < K)[None, :] & is_value[:, None]
 
   dtype = o_ptr.dtype.element_ty
+  square_dtype = matrices_ptr.dtype.element_ty
   state = sequence * (K * V) + first_value
   span = pair * (chunks // SPAN) + first // SPAN
   saved = span * (K * V) + first_value * K + saved_offsets
@@ -132,7 +139,13 @@ def forward_kernel(
     value_seen = is_token & is_value[None, :]
     k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
     q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
-    v = tl.trans(load_tile(v_ptr + values + value_offsets, value_seen, EVEN)).to(tl.float32)
+    if PREFETCH_V:
+      token_seen = (start + i < T)[None, :] & is_value[:, None]
+      transposed = t[None, :] * (H * V) + e[:, None]
+      v = load_tile(v_ptr + values + transposed, token_seen, EVEN)
+      v = tl.dot(v, identity, input_precision=PRECISION)
+    else:
+      v = tl.trans(load_tile(v_ptr + values + value_offsets, value_seen, EVEN)).to(tl.float32)
     square = matrices_ptr + chunk * (MATRICES * C * C) + square_offsets
     gates = gates_ptr + chunk * (ROWS * C)
     decay_all = tl.load(gates + BASE_IN * C + C - 1)
@@ -142,7 +155,7 @@ def forward_kernel(
     if DELTA:
       o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
       X = tl.dot(S_low, tl.trans(k), input_precision=PRECISION)
-      y = (v - decay_in * X).to(dtype)
+      y = (v - decay_in * X).to(square_dtype)
       F = tl.dot(y, tl.trans(tl.load(square + C * C)), input_precision=PRECISION)
       if SAVE:
         store_tile(
@@ -153,7 +166,7 @@ def forward_kernel(
       if RESIDUAL:
         X = tl.dot(S_low, tl.trans(k), input_precision=PRECISION)
       o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
-      y = v.to(dtype)
+      y = v.to(square_dtype)
       F = v
     if RESIDUAL:
       decay_before = tl.load(gates + BASE_BEFORE * C + i)[None, :]
@@ -167,7 +180,7 @@ def forward_kernel(
     o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     write = tl.load(gates + BASE_OUT * C + i)[None, :] * F
     S = written(write, k, decay_all * S, DELTA, dtype, PRECISION)
-    if SAVE and RESIDUAL and CLIP is not None:
+    if SAVE and RESIDUAL and CLIP is not None and not BITS_LAST:
       store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
     if RESIDUAL:
       R_low = R.to(dtype)
@@ -175,11 +188,15 @@ def forward_kernel(
       o += read * tl.dot(R_low, tl.trans(q), input_precision=PRECISION)
       if DELTA:
         Y = tl.dot(R_low, tl.trans(k), input_precision=PRECISION)
-        y = (r - tl.load(gates + RESIDUAL_IN * C + i)[None, :] * Y).to(dtype)
+        exact = r - tl.load(gates + RESIDUAL_IN * C + i)[None, :] * Y
+        y = exact.to(square_dtype)
+        rest = (exact - y.to(tl.float32)).to(square_dtype)
         inverse = tl.trans(tl.load(residual_square + 2 * C * C))
         F = tl.dot(y, inverse, input_precision=PRECISION)
+        if square_dtype != tl.float32:  # what is written of like keys cancels: twice the digits
+          F = tl.dot(rest, inverse, F, input_precision=PRECISION)
       else:
-        y = r.to(dtype)
+        y = r.to(square_dtype)
         F = r
       if SAVE:
         store_tile(
@@ -191,6 +208,8 @@ def forward_kernel(
     if OUTPUT:
       store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
     # At the end, where little else is in registers.
+    if SAVE and RESIDUAL and CLIP is not None and BITS_LAST:
+      store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
     if SAVE:
       if (n + 1) % SPAN == 0 and n + 1 < last:
         span = pair * (chunks // SPAN) + (n + 1) // SPAN

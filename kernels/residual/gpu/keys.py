@@ -67,7 +67,8 @@ def keys_kernel(
 ):
   """One chunk of one head. Grid (B * H * chunks of the piece,).
 
-  Pieces write to the same dk, dv: the *_before arguments are their buffers, never read.
+  Pieces write to the same dk and dv. The *_before arguments are their buffers, never read, unless
+  dk takes the place of an error, which is read before.
   """
   # Products of whole tiles of two states take registers that only half as wide ones leave.
   NARROW: tl.constexpr = BLOCK_V // 2 if RESIDUAL and BLOCK_V >= 32 else BLOCK_V
@@ -226,6 +227,7 @@ def keys_kernel(
     dk = tl.dot(dgram_low, k, dk, input_precision=PRECISION)
     dk_t = tl.dot(tl.trans(k), dgram_low, dk_t, input_precision=PRECISION)
   dk += tl.trans(dk_t)
+  tl.debug_barrier()  # for whoever still reads what dk replaces
   dk_offsets = gates * K + i[:, None] * (H * K) + a[None, :]
   store_tile(dk_ptr + dk_offsets, dk.to(dtype), key_seen, EVEN)
 

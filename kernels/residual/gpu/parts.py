@@ -14,18 +14,18 @@ COMBINE = Kernel(16, 4, 2)
 class Parts:
   """The parts of a sequence, and the states [B, H, split, K, V] that come into them."""
 
-  def __init__(self, call, prepared, first_span, split, *, adjoint):
+  def __init__(self, call, prepared, first_span, spans, split, *, adjoint):
     self.call, self.split, self.adjoint = call, split, adjoint
     config = call.config
     self.states = 1 + config.residual
     squares, gates = prepared
-    chunks = gates.shape[2]
+    first, chunks = first_span * config.blocks.span, spans * config.blocks.span
     if config.delta:
       block = config.blocks.sweep if adjoint else config.blocks.forward
       shape = (call.B, call.H, split, self.states, call.K, call.K)
       self.transitions = call.launch(
         transitions_kernel,
-        *(call.k, squares, gates, call.T, first_span * config.blocks.span, chunks),
+        *(call.k, squares, gates, call.T, first, chunks),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
         programs=call.pairs * split * self.states * -(-call.K // block.value),
         block=block,
@@ -36,7 +36,7 @@ class Parts:
         ADJOINT=adjoint,
       )
     else:
-      decay = gates[:, :, :, BASE_IN.value, -1]
+      decay = gates[:, :, first : first + chunks, BASE_IN.value, -1]
       each = -(-chunks // config.blocks.span // split) * config.blocks.span
       decay = jnp.pad(decay, ((0, 0), (0, 0), (0, split * each - chunks)), constant_values=1)
       self.transitions = decay.reshape(*decay.shape[:2], split, each).prod(-1)

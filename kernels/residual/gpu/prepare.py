@@ -1,9 +1,16 @@
 """Kernel A, parallel over chunks: all that depends neither on values nor on states.
 
 Decays, score matrices, prediction matrix Px and the inverses of recurrence equations (6) to (8),
-formed in float32 and stored in the dtype of the products that use them. With the delta rule, scores
-and prediction come multiplied by the inverse, to be applied to what the inverse is applied to: what
-it gives, large and of changing sign where keys are alike, would cancel after it was rounded.
+formed in float32. With the delta rule, scores and prediction come multiplied by the inverse, to be
+applied to what the inverse is applied to: what it gives, large and of changing sign where keys are
+alike, would cancel after it was rounded.
+
+The same matrices serve both passes. Forward, F = (I + A diag(b))^-1 y, so that F = U / b exists
+where b is zero. The adjoint wants (I + diag(b) A)^-T, which is the transpose of that inverse with
+its columns divided by b, and so are the scores and the prediction that it multiplies: the sweep
+divides what all three give. Column i of each is proportional to b_i, whatever its size, so that
+nothing is lost as long as the exponent has room: hence bfloat16 where inputs are float16, and a
+strength of 1e-18 in place of 0.
 """
 
 import triton
@@ -13,17 +20,18 @@ from rla_jax.kernels.residual.gpu.tiles import (
   BASE_BEFORE,
   BASE_IN,
   BASE_OUT,
-  BASE_READ,
-  GAMMA,
+  BASE_UNDO,
   GATES,
   RESIDUAL_IN,
   RESIDUAL_OUT,
   RESIDUAL_READ,
+  RESIDUAL_UNDO,
   chunk_decays,
   decay_between,
   decay_in,
   decay_out,
   load_decays,
+  not_zero,
   parts_dot,
   unit_lower_inverse,
 )
@@ -47,7 +55,6 @@ def prepare_kernel(
   gamma_ptr,
   segments_ptr,
   T,
-  first_chunk,
   chunks,
   matrices_ptr,
   gates_ptr,
@@ -59,22 +66,15 @@ def prepare_kernel(
   DELTA: tl.constexpr,
   RESIDUAL: tl.constexpr,
   SEGMENTED: tl.constexpr,
-  ADJOINT: tl.constexpr,
   PRECISION: tl.constexpr,
   SOLVE: tl.constexpr,
 ):
-  """One chunk of one head. Grid (B * H * chunks * PARTS,): with two inverses, a program for each.
-
-  ADJOINT picks the side on which a gate stands. Forward: F = (I + A diag(b))^-1 rhs, so that
-  F = U / b exists where b is zero. Backward: dy = (I + diag(b) A)^-T dU, for the same reason.
-  """
-  PARTS: tl.constexpr = 2 if DELTA and RESIDUAL else 1
-  part = tl.program_id(0) % PARTS
-  chunk = (tl.program_id(0) // PARTS).to(tl.int64)
+  """One chunk of one head. Grid (B * H * chunks,)."""
+  chunk = tl.program_id(0).to(tl.int64)
   n = chunk % chunks
   batch = chunk // chunks // H
   head = chunk // chunks % H
-  start = (first_chunk + n) * C
+  start = n * C
 
   i = tl.arange(0, C)
   columns = tl.arange(0, BLOCK_K)
@@ -91,55 +91,49 @@ def prepare_kernel(
   k = tl.load(k_ptr + keys + offsets, mask=seen, other=0.0)
   q = tl.load(q_ptr + keys + offsets, mask=seen, other=0.0)
   first_gate = (row + start) * H + head
-  beta = tl.load(beta_ptr + first_gate + i * H, mask=tokens < T, other=0.0)
+  beta = not_zero(tl.load(beta_ptr + first_gate + i * H, mask=tokens < T, other=0.0))
   if RESIDUAL:
-    gamma = tl.load(gamma_ptr + first_gate + i * H, mask=tokens < T, other=0.0)
+    gamma = not_zero(tl.load(gamma_ptr + first_gate + i * H, mask=tokens < T, other=0.0))
   cumulative, before, era, era_before, _ = chunk_decays(*decays, SEGMENTED)
   is_diagonal = i[:, None] == i[None, :]
   L = decay_between(cumulative, era, cumulative, era, True, C)
   if DELTA or RESIDUAL:
     gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
 
-  if part == PARTS - 1:
-    from_start = decay_in(cumulative, era)
-    to_end = decay_out(cumulative, era, C)
-    gates = gates_ptr + chunk * (ROWS * C) + i
-    tl.store(gates + BASE_IN * C, from_start)
-    tl.store(gates + BASE_OUT * C, to_end if ADJOINT else to_end * beta)
-    tl.store(gates + BASE_READ * C, from_start * beta)
-    if RESIDUAL:
-      tl.store(gates + BASE_BEFORE * C, decay_in(before, era_before))
-      tl.store(gates + RESIDUAL_IN * C, from_start)
-      tl.store(gates + RESIDUAL_READ * C, from_start * gamma)
-      tl.store(gates + RESIDUAL_OUT * C, to_end if ADJOINT else to_end * gamma)
-      tl.store(gates + GAMMA * C, gamma)
+  from_start = decay_in(cumulative, era)
+  to_end = decay_out(cumulative, era, C)
+  gates = gates_ptr + chunk * (ROWS * C) + i
+  tl.store(gates + BASE_IN * C, from_start)
+  tl.store(gates + BASE_OUT * C, to_end * beta)
+  tl.store(gates + BASE_UNDO * C, 1.0 / beta)
+  if RESIDUAL:
+    tl.store(gates + BASE_BEFORE * C, decay_in(before, era_before))
+    tl.store(gates + RESIDUAL_IN * C, from_start)
+    tl.store(gates + RESIDUAL_READ * C, from_start * gamma)
+    tl.store(gates + RESIDUAL_OUT * C, to_end * gamma)
+    tl.store(gates + RESIDUAL_UNDO * C, 1.0 / gamma)
 
   scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * L
+  # The base read-out of the residual form leaves out the current token.
+  base_scores = tl.where(is_diagonal, 0.0, scores) if RESIDUAL else scores
+  if RESIDUAL:
+    scores = gamma[:, None] * scores
+    prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
   if DELTA:
-    # The first part takes the base state, the last the residual one.
-    is_base = (not RESIDUAL) or part == 0
-    gate = beta
+    A = tl.where(is_diagonal, 0.0, L * gram)
+    inverse = unit_lower_inverse(A * beta[None, :], C, SOLVE)
+    tl.store(out + C * C, inverse.to(dtype))
+    through = beta[:, None] * inverse
     if RESIDUAL:
-      gate = tl.where(is_base, beta, gamma)
-      # The base read-out of the residual form leaves out the current token.
-      scores = tl.where(is_diagonal, 0.0, scores) if is_base else gate[:, None] * scores
-      prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
-    N = tl.where(is_diagonal, 0.0, L * gram)
-    N *= gate[:, None] if ADJOINT else gate[None, :]
-    inverse = unit_lower_inverse(N, C, SOLVE)
-    tl.store(out + (C * C if is_base else 4 * C * C), inverse.to(dtype))
-    through = inverse if ADJOINT else gate[:, None] * inverse
-    if RESIDUAL and part == 0:
-      prediction = parts_dot(prediction, through, SOLVE)
-      tl.store(out + 3 * C * C, prediction.to(dtype))
-    scores = parts_dot(scores, through, SOLVE)
-    tl.store(out + (0 if is_base else 2 * C * C), scores.to(dtype))
+      tl.store(out + 3 * C * C, parts_dot(prediction, through, SOLVE).to(dtype))
+    tl.store(out, parts_dot(base_scores, through, SOLVE).to(dtype))
+    if RESIDUAL:
+      inverse = unit_lower_inverse(A * gamma[None, :], C, SOLVE)
+      tl.store(out + 4 * C * C, inverse.to(dtype))
+      scores = parts_dot(scores, gamma[:, None] * inverse, SOLVE)
+      tl.store(out + 2 * C * C, scores.to(dtype))
   else:
-    base_scores = tl.where(is_diagonal, 0.0, scores) if RESIDUAL else scores
-    tl.store(out, (base_scores if ADJOINT else base_scores * beta[None, :]).to(dtype))
+    tl.store(out, (base_scores * beta[None, :]).to(dtype))
     if RESIDUAL:
-      scores = gamma[:, None] * scores
-      tl.store(out + C * C, (scores if ADJOINT else scores * gamma[None, :]).to(dtype))
-      prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
-      prediction = prediction if ADJOINT else prediction * beta[None, :]
-      tl.store(out + 2 * C * C, prediction.to(dtype))
+      tl.store(out + C * C, (scores * gamma[None, :]).to(dtype))
+      tl.store(out + 2 * C * C, (prediction * beta[None, :]).to(dtype))

@@ -14,11 +14,9 @@ import triton.language as tl
 from rla_jax.kernels.residual.gpu.tiles import (
   BASE_IN,
   BASE_OUT,
-  BASE_READ,
   GATES,
   RESIDUAL_IN,
   RESIDUAL_OUT,
-  RESIDUAL_READ,
   load_tile,
   part_chunks,
 )
@@ -68,15 +66,17 @@ def transitions_kernel(
   e = (tl.program_id(0) % TILES) * BLOCK_V + tl.arange(0, BLOCK_V)
   key_offsets = i[:, None] * (G * K) + a[None, :]
   square_offsets = i[:, None] * C + i[None, :]
-  # Gates on either side of the inverse.
+  # Gates on either side of the inverse, of which the adjoint is the transpose.
+  read = tl.where(is_residual == 1, RESIDUAL_IN, BASE_IN)
+  write = tl.where(is_residual == 1, RESIDUAL_OUT, BASE_OUT)
   if ADJOINT:
-    before = tl.where(is_residual == 1, RESIDUAL_OUT, BASE_OUT)
-    behind = tl.where(is_residual == 1, RESIDUAL_READ, BASE_READ)
+    before, behind = write, read
   else:
-    before = tl.where(is_residual == 1, RESIDUAL_IN, BASE_IN)
-    behind = tl.where(is_residual == 1, RESIDUAL_OUT, BASE_OUT)
+    before, behind = read, write
   square_offsets += (1 + 3 * is_residual) * (C * C)
   dtype = k_ptr.dtype.element_ty
+  square_dtype = matrices_ptr.dtype.element_ty
+  all_chunks = tl.cdiv(T, C * SPAN) * SPAN  # of the sequence, of which these are a piece
   S = (e[:, None] == a[None, :]).to(tl.float32)
 
   for step in range(last - first):
@@ -85,14 +85,15 @@ def transitions_kernel(
     keys = ((row + start) * G + head // (H // G)) * K
     key_seen = (start + i < T)[:, None] & (a < K)[None, :]
     k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
-    inverse = tl.load(matrices_ptr + (pair * chunks + n) * (MATRICES * C * C) + square_offsets)
-    gates = gates_ptr + (pair * chunks + n) * (ROWS * C)
+    chunk = pair * all_chunks + first_chunk + n
+    inverse = tl.load(matrices_ptr + chunk * (MATRICES * C * C) + square_offsets)
+    gates = gates_ptr + chunk * (ROWS * C)
     decay_all = tl.load(gates + BASE_IN * C + C - 1)
     X = tl.dot(S.to(dtype), tl.trans(k), input_precision=PRECISION)
-    X = (tl.load(gates + before * C + i)[None, :] * X).to(dtype)
+    X = (tl.load(gates + before * C + i)[None, :] * X).to(square_dtype)
     F = tl.dot(X, inverse if ADJOINT else tl.trans(inverse), input_precision=PRECISION)
-    write = (-tl.load(gates + behind * C + i)[None, :] * F).to(dtype)
-    S = tl.dot(write, k, decay_all * S, input_precision=PRECISION)
+    change = (-tl.load(gates + behind * C + i)[None, :] * F).to(dtype)
+    S = tl.dot(change, k, decay_all * S, input_precision=PRECISION)
 
   out = transitions_ptr + (tl.program_id(0) // TILES).to(tl.int64) * (K * K)
   seen = (e < K)[:, None] & (a < K)[None, :]

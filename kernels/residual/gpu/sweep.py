@@ -3,7 +3,8 @@
 Called for the residual state, whose gradient the outputs alone decide, and then for the base state,
 which is read by the residuals too. Only what the next chunk waits for is computed here: the adjoint
 from dW to dR0, and from dU to dS0. What it learns (dR1, dz and the prediction's gradient dp, dS1
-and dy) is stored for `keys`, which is parallel over chunks. Transposed like `forward`.
+and dy) is stored for `keys`, which is parallel over chunks. Transposed like `forward`, whose
+matrices it reads: they give dU = b dy.
 """
 
 import triton
@@ -12,7 +13,6 @@ import triton.language as tl
 from rla_jax.kernels.residual.gpu.tiles import (
   BASE_BEFORE,
   BASE_IN,
-  GAMMA,
   GATES,
   fresh,
   load_bits,
@@ -57,6 +57,7 @@ def sweep_kernel(
   QUERY_READ: tl.constexpr,
   KEY_READ: tl.constexpr,
   OUT: tl.constexpr,
+  UNDO: tl.constexpr,
   PREDICTED: tl.constexpr,
   DELTA: tl.constexpr,
   CLIP: tl.constexpr,
@@ -71,8 +72,8 @@ def sweep_kernel(
   keeps the state gradients after every SPAN-th chunk, and those of what was written; without it
   only the last gradient is wanted, of all parts but the first. SCORES, INVERSE and PREDICTION say
   which of the chunk's MATRICES is which; PREDICTION is None where no residual is made from this
-  state. QUERY_READ, KEY_READ and OUT are rows of the gates. PREDICTED: this is the residual state,
-  whose sweep knows the gradient of the prediction, -gamma dz where the residual passes the clip.
+  state. QUERY_READ, KEY_READ, OUT and UNDO are rows of the gates. PREDICTED: this is the residual
+  state, whose sweep knows the gradient of the prediction, -dW where the residual passes the clip.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   WORDS: tl.constexpr = (C + 31) // 32
@@ -101,6 +102,8 @@ def sweep_kernel(
   state = sequence * (K * V) + first_value
   dS = load_tile(dstate_in_ptr + state + state_offsets, state_seen, EVEN)
   dtype = do_ptr.dtype.element_ty
+  square_dtype = matrices_ptr.dtype.element_ty
+  all_chunks = tl.cdiv(T, C * SPAN) * SPAN  # of the sequence, of which these are a piece
 
   # Told its stages, the loop prefetches all loads, not only those of products.
   for step in tl.range(last - first, num_stages=STAGES):
@@ -109,7 +112,7 @@ def sweep_kernel(
     values = ((row + start) * H + head) * V + first_value
     piece_values = (((pair // H * chunks + n) * C) * H + head) * V + first_value
     keys = ((row + start) * G + head // (H // G)) * K
-    chunk = pair * chunks + n
+    chunk = pair * all_chunks + first_chunk + n
     is_token = (start + i < T)[:, None]
     key_seen = is_token & (a < K)[None, :]
     value_seen = is_token & is_value[None, :]
@@ -124,27 +127,28 @@ def sweep_kernel(
         saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * (K * V) + first_value * K
         store_tile(saved + saved_offsets, dS_low, state_seen, EVEN)
     if PREDICTED and STORE and CLIP is not None:
-      words = pair * (tl.cdiv(T, C * SPAN) * SPAN) + first_chunk + n
-      words = passes_ptr + words * (WORDS * V) + first_value
+      words = passes_ptr + chunk * (WORDS * V) + first_value
       passes = load_bits(words, e, is_value, V, C)
     if PREDICTION is not None:
       dp = tl.trans(load_tile(dprediction_ptr + piece_values + value_offsets, value_seen, EVEN))
-    dy = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
-    dy *= tl.load(gates + OUT * C + i)[None, :]
+    dU = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
+    dU *= tl.load(gates + OUT * C + i)[None, :]
     if DELTA:
       inverse = tl.load(square + INVERSE * C * C)
-      dy = tl.dot(dy.to(dtype), inverse, input_precision=PRECISION)
-    dy = tl.dot(do, tl.load(square + SCORES * C * C), dy, input_precision=PRECISION)
+      dU = tl.dot(dU.to(square_dtype), inverse, input_precision=PRECISION)
+    scores = tl.load(square + SCORES * C * C)
+    dU = tl.dot(do.to(square_dtype), scores, dU, input_precision=PRECISION)
     if PREDICTION is not None:
       prediction = tl.load(square + PREDICTION * C * C)
-      dy = tl.dot(dp, prediction, dy, input_precision=PRECISION)
+      dU = tl.dot(dp.to(square_dtype), prediction, dU, input_precision=PRECISION)
     if STORE:
+      dy = tl.load(gates + UNDO * C + i)[None, :] * dU
       store_tile(dy_ptr + piece_values + value_offsets, tl.trans(dy.to(dtype)), value_seen, EVEN)
     read = tl.load(gates + QUERY_READ * C + i)[None, :] * do.to(tl.float32)
     dS *= tl.load(gates + BASE_IN * C + C - 1)
     dS = tl.dot(read.to(dtype), q, dS, input_precision=PRECISION)
     if DELTA:
-      dX = -tl.load(gates + KEY_READ * C + i)[None, :] * dy
+      dX = -tl.load(gates + KEY_READ * C + i)[None, :] * dU
       if PREDICTION is not None:
         dX += tl.load(gates + BASE_BEFORE * C + i)[None, :] * dp.to(tl.float32)
       dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
@@ -153,7 +157,7 @@ def sweep_kernel(
       dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
     # Behind what the next chunk waits for.
     if PREDICTED and STORE:
-      dp = -tl.load(gates + GAMMA * C + i)[None, :] * dy
+      dp = -dU
       if CLIP is not None:
         dp = tl.where(passes != 0, dp, 0.0)
       store_tile(

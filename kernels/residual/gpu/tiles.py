@@ -4,17 +4,17 @@ import triton
 import triton.language as tl
 
 # Rows of the gate array [B, H, N, GATES, C] that `prepare` writes: decays from the chunk's start
-# through token i (IN), without i's own (BEFORE), and from i to the chunk's end (OUT), alone and
-# times the gates. The residual state reads rows of its own, so that none stays in registers for
-# both.
+# through token i (IN), without i's own (BEFORE), and from i to the chunk's end, times its gate
+# (OUT); 1 / gate (UNDO). The residual state reads rows of its own, so that none stays in registers
+# for both.
 BASE_IN = tl.constexpr(0)
 BASE_BEFORE = tl.constexpr(1)
-BASE_OUT = tl.constexpr(2)  # forward: times beta
-RESIDUAL_IN = tl.constexpr(3)
-RESIDUAL_READ = tl.constexpr(4)  # IN times gamma
-RESIDUAL_OUT = tl.constexpr(5)  # forward: times gamma
-GAMMA = tl.constexpr(6)
-BASE_READ = tl.constexpr(7)  # IN times beta
+BASE_OUT = tl.constexpr(2)
+BASE_UNDO = tl.constexpr(3)
+RESIDUAL_IN = tl.constexpr(4)
+RESIDUAL_READ = tl.constexpr(5)  # IN times gamma
+RESIDUAL_OUT = tl.constexpr(6)
+RESIDUAL_UNDO = tl.constexpr(7)
 GATES = 8
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -104,6 +104,12 @@ def load_bits(pointer, rows, row_seen, V: tl.constexpr, C: tl.constexpr):
 def scaled(gate, tile):
   """Rows of a tile times a gate, in the tile's dtype."""
   return (gate[:, None] * tile.to(tl.float32)).to(tile.dtype)
+
+
+@triton.jit
+def not_zero(gate):
+  """A gate, or 1e-18 where it is closer to zero than that."""
+  return tl.where(tl.abs(gate) < 1e-18, 1e-18, gate)
 
 
 @triton.jit
