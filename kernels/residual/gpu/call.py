@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
-from rla_jax.kernels.residual.gpu.blocks import Blocks, sequence_split
+from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS, Blocks, sequence_split
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
 from rla_jax.kernels.residual.gpu.keys import keys_kernel
 from rla_jax.kernels.residual.gpu.launch import launch
@@ -244,6 +244,9 @@ def _walk(call, prepared, split, base, residual, *, output, save):
     RESIDUAL=has_residual,
     OUTPUT=output,
     SAVE=save,
+    # Where registers allow it. A program with a multiprocessor of its own waits for itself, and the
+    # delta rule for its products, most of all; others lose.
+    BITS_LAST=block.value >= 64 and (config.delta or call.walk(block, split) <= MULTIPROCESSORS),
   )
   kept = (save, keep_residual, keep_base_error, keep_residual, keep_passes)
   saved = [x if keep else None for x, keep in zip(saved, kept, strict=True)]

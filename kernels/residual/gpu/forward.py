@@ -71,6 +71,7 @@ def forward_kernel(
   CLIP: tl.constexpr,
   OUTPUT: tl.constexpr,
   SAVE: tl.constexpr,
+  BITS_LAST: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
   STAGES: tl.constexpr,
@@ -78,11 +79,10 @@ def forward_kernel(
   """Grid (B * H * SPLIT * value tiles,). Letters as in the chunk form: F = U / b, or W / g.
 
   Each of the SPLIT parts of a sequence has states of its own to start from and to end with. SAVE
-  keeps what the backward pass reads, the states before every SPAN-th chunk among it. Without
-  OUTPUT only final states are wanted, of all parts but the last.
+  keeps what the backward pass reads, the states before every SPAN-th chunk among it, and stores the
+  clip's bits at the end of a chunk if BITS_LAST. Without OUTPUT only final states are wanted, of
+  all parts but the last.
   """
-  # The clip's bits wait for the end of a chunk where registers are there for them.
-  BITS_LAST: tl.constexpr = DELTA and BLOCK_V >= 64
   # The pipeline prefetches what products take, which v is not with the delta rule: so it comes
   # through a product with the identity, unless registers are short.
   PREFETCH_V: tl.constexpr = DELTA and (not RESIDUAL or BLOCK_V < 64)

@@ -122,7 +122,7 @@ def combine_kernel(
   from that state, the others from nothing. ADJOINT counts parts from the last. STATE says which of
   the STATES maps of a part is meant; without a delta rule they are one number.
   """
-  STEP: tl.constexpr = 32 if BLOCK_K > 32 else BLOCK_K
+  STEP: tl.constexpr = BLOCK_K if BLOCK_K <= 128 else 64  # rows of a map that fit shared memory
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   pair = (tl.program_id(0) // TILES).to(tl.int64)
   a = tl.arange(0, BLOCK_K)
@@ -140,15 +140,18 @@ def combine_kernel(
     tl.store(state + offsets, S, mask=seen)
     passed = tl.load(ends_ptr + part * (K * V) + offsets, mask=seen, other=0.0)
     if DELTA:
-      # The product reads back what was stored: a whole map would not fit shared memory.
-      tl.debug_barrier()
       map_ptr = transitions_ptr + (part * STATES + STATE) * (K * K)
+      if STEP < BLOCK_K:
+        tl.debug_barrier()  # the product reads back what was stored: the map does not fit whole
       for first in range(0, K, STEP):
         rows = first + steps
-        state_seen = (rows < K)[None, :] & (e < V)[:, None]
         map_seen = (rows < K)[:, None] & (a < K)[None, :]
-        x = tl.load(state + rows[None, :] * V + e[:, None], mask=state_seen, other=0.0)
         M = tl.load(map_ptr + rows[:, None] * K + a[None, :], mask=map_seen, other=0.0)
+        if STEP < BLOCK_K:
+          state_seen = (rows < K)[None, :] & (e < V)[:, None]
+          x = tl.load(state + rows[None, :] * V + e[:, None], mask=state_seen, other=0.0)
+        else:
+          x = S
         passed = tl.dot(x, M, passed, input_precision='tf32x3')
     else:
       passed += tl.load(transitions_ptr + part) * S
