@@ -284,7 +284,7 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     length=length,
   )  # fmt: skip
   word = name.split(',')[0]
-  split_launches = {'transitions': chosen.forward, 'combine': COMBINE}
+  split_launches = {'transitions': chosen.sweep, 'combine': COMBINE}
   launch = split_launches.get(word) or getattr(chosen, word)
   constexprs = {
     'H': 16, 'G': 16, 'K': 128, 'V': 128, 'BLOCK_K': 128, 'BLOCK_V': launch.value,

@@ -82,12 +82,14 @@ def heuristic(
   large = wide or key_dim > 128
   tile = 16 if wide else max(16, min(64, 1 << (value_dim - 1).bit_length()))
   walks = heads * -(-value_dim // tile)
-  pieces = 8 if length >= 8192 else 4 if length >= 512 else 1
+  # As few as keep the peak of forward and backward within twice the bytes of q, k, v, o and their
+  # gradients, for heads of 128.
+  pieces = {(True, True): 4, (False, True): 3}.get((delta, residual), 2) if length >= 512 else 1
   if 2 * walks <= MULTIPROCESSORS:
     pieces = min(pieces, max(1, length // 4096))  # a piece is to be long enough to be split
   loop = Kernel(tile, tile // 16, 2)
   deep = loop if large else dataclasses.replace(loop, stages=3)
-  rdn = delta and residual
+  rdn, gdn = delta and residual, delta and not residual
   # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
   forward = loop if rdn else deep
   if rdn and not large and tile == 64 and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS:
@@ -102,7 +104,7 @@ def heuristic(
     forward=forward,
     sweep=deep,
     queries=parallel,
-    keys=parallel,
+    keys=parallel if large or gdn else dataclasses.replace(parallel, stages=4),
     pieces=pieces,
   )
 

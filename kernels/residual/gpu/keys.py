@@ -22,6 +22,14 @@ from rla_jax.kernels.residual.gpu.tiles import (
 
 
 @triton.jit
+def store_dv(dv_ptr, value_rows, is_token, columns, dv, V: tl.constexpr, EVEN: tl.constexpr):
+  """Stores columns of dv."""
+  pointers = dv_ptr + value_rows[:, None] + columns[None, :]
+  seen = is_token[:, None] & (columns < V)[None, :]
+  store_tile(pointers, dv.to(dv_ptr.dtype.element_ty), seen, EVEN)
+
+
+@triton.jit
 def keys_kernel(
   q_ptr,
   k_ptr,
@@ -68,8 +76,11 @@ def keys_kernel(
   """One chunk of one head. Grid (B * H * chunks of the piece,).
 
   Pieces write to the same dk and dv. The *_before arguments are their buffers, never read, unless
-  dk takes the place of an error, which is read before.
+  they take the places of errors: dk of the residual error or else of the base one, dv of the base
+  error of two states. All that is read of those is read before.
   """
+  # Over the base error dv is written behind its last use, which takes another read of its parts.
+  DV_LAST: tl.constexpr = DELTA and RESIDUAL
   # Products of whole tiles of two states take registers that only half as wide ones leave.
   NARROW: tl.constexpr = BLOCK_V // 2 if RESIDUAL and BLOCK_V >= 32 else BLOCK_V
   pair = (tl.program_id(0) // chunks).to(tl.int64)
@@ -114,7 +125,7 @@ def keys_kernel(
   if RESIDUAL:
     gamma = tl.load(gamma_ptr + gates + i * H, mask=is_token, other=0.0)
 
-  # Inside the chunk. dv falls out on the way.
+  # Inside the chunk.
   dgram = tl.zeros([C, C], tl.float32)
   dp_F = tl.zeros([C, C], tl.float32)
   dz_F = tl.zeros([C, C], tl.float32)
@@ -122,21 +133,17 @@ def keys_kernel(
     F = load_columns(base_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dy = load_columns(dy_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dgram = tl.dot(dy, tl.trans(F), dgram, input_precision=PRECISION)
-    dv = beta[:, None] * dy.to(tl.float32)
     if RESIDUAL:
       dp = load_columns(dprediction_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       dp_F = tl.dot(dp, tl.trans(F), dp_F, input_precision=PRECISION)
-      dv -= dp.to(tl.float32)
       dz = load_columns(dz_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       F = load_columns(residual_error_ptr, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       dz_F = tl.dot(dz, tl.trans(F), dz_F, input_precision=PRECISION)
-    columns = tile * BLOCK_V + e
-    store_tile(
-      dv_ptr + value_rows[:, None] + columns[None, :],
-      dv.to(dtype),
-      is_token[:, None] & (columns < V)[None, :],
-      EVEN,
-    )
+    if not DV_LAST:
+      dv = beta[:, None] * dy.to(tl.float32)
+      if RESIDUAL:
+        dv -= dp.to(tl.float32)
+      store_dv(dv_ptr, value_rows, is_token, tile * BLOCK_V + e, dv, V, EVEN)
   out_gates = (batch * chunks + n) * C * H + head + fresh(i, T) * H
   dG = tl.load(dcumulative_ptr + out_gates)
   is_diagonal = i[:, None] == i[None, :]
@@ -203,6 +210,11 @@ def keys_kernel(
     dk = tl.dot(scaled(to_end * beta, F), dS, dk, input_precision=PRECISION)
     S = load_state(states_ptr, tile * NARROW + b, a, K, V, EVEN)
     carried += S.to(tl.float32) * dS.to(tl.float32)
+    if DV_LAST:  # over F, which nobody reads any more
+      dy = load_columns(dy_ptr, value_rows, b, tile * NARROW, is_token, V, EVEN)
+      dp = load_columns(dprediction_ptr, value_rows, b, tile * NARROW, is_token, V, EVEN)
+      dv = beta[:, None] * dy.to(tl.float32) - dp.to(tl.float32)
+      store_dv(dv_ptr, value_rows, is_token, tile * NARROW + b, dv, V, EVEN)
   # A loop of its own: the shared memory of both together would leave one program a multiprocessor.
   if RESIDUAL:
     for tile in tl.range(narrow_tiles, num_stages=STAGES + 1):

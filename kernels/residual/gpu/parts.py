@@ -21,7 +21,7 @@ class Parts:
     squares, gates = prepared
     first, chunks = first_span * config.blocks.span, spans * config.blocks.span
     if config.delta:
-      block = config.blocks.sweep if adjoint else config.blocks.forward
+      block = config.blocks.sweep
       shape = (call.B, call.H, split, self.states, call.K, call.K)
       self.transitions = call.launch(
         transitions_kernel,

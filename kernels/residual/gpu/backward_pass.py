@@ -1,0 +1,206 @@
+"""The backward pass in pieces of the sequence, the last one first: sweeps, then gradients.
+
+`sweep` walks the chunks for the residual state and then for the base state, several parts of a
+piece side by side where heads are few (`split`); `queries` and `keys` are parallel over chunks.
+Gradients take the place of what is saved and not read again.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rla_jax.kernels.residual.gpu.batching import fold_into_batch
+from rla_jax.kernels.residual.gpu.calls import INPUTS, OUTPUTS, SAVED, Call, Config, array
+from rla_jax.kernels.residual.gpu.keys import keys_kernel
+from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
+from rla_jax.kernels.residual.gpu.parts import Parts
+from rla_jax.kernels.residual.gpu.queries import queries_kernel
+from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
+from rla_jax.kernels.residual.gpu.tiles import (
+  BASE_IN,
+  BASE_OUT,
+  BASE_UNDO,
+  RESIDUAL_IN,
+  RESIDUAL_OUT,
+  RESIDUAL_READ,
+  RESIDUAL_UNDO,
+)
+
+
+@functools.cache
+def backward(config: Config):
+  """Function of inputs, what is saved and cotangents that returns the gradients of `attend`."""
+
+  def run(inputs, saved, cotangents):
+    call = Call(config, *inputs)
+    do, dbase, dresidual = cotangents
+    size = -(-call.spans // min(config.blocks.pieces, call.spans))
+    found = dict.fromkeys(('dq', 'dk', 'dv'))
+    gates = []
+    for first in reversed(range(0, call.spans, size)):
+      piece = (first, min(size, call.spans - first))
+      dstates, dwritten, dbase, dresidual = _sweeps(call, do, saved, dbase, dresidual, *piece)
+      saved, found, piece_gates = _gradients(call, do, saved, dstates, dwritten, found, *piece)
+      # One piece after the other, or the scheduler lets all of them live at once.
+      later = (saved, found, dbase, dresidual)
+      saved, found, dbase, dresidual = jax.lax.optimization_barrier(later)
+      gates.append(piece_gates)
+    found |= {new: getattr(saved, old) for new, old in _replaced(config, call).items()}
+    dq, dk, dv = found['dq'], found['dk'], found['dv']
+    dlog_decay, dbeta, dgamma = jax.tree.map(
+      lambda *parts: jnp.concatenate(parts[::-1], axis=1)[:, : call.T], *gates
+    )
+    return dq, dk, dv, dlog_decay, dbeta, dgamma, dbase, dresidual
+
+  *tokens, base, residual, segments = INPUTS
+  inputs = ((*tokens, segments), SAVED, OUTPUTS)
+  split = over_batch_and_heads(run, inputs, ('BTHK', 'BTHK', *tokens[2:], base, residual))
+
+  def summed(inputs, saved, cotangents):
+    dq, dk, *others = split(inputs, saved, cotangents)
+    # Out here XLA also adds what the heads of a group give on other devices.
+    dq, dk = (_sum_heads(x, like) for x, like in ((dq, inputs[0]), (dk, inputs[1])))
+    return dq, dk, *others
+
+  return fold_into_batch(summed)
+
+
+def _sum_heads(dx_BTHK, x_BTGK):
+  """Gradient of queries or keys from those of the value heads that share them."""
+  B, T, G, K = x_BTGK.shape
+  if dx_BTHK.shape[2] == G:
+    return dx_BTHK
+  return dx_BTHK.reshape(B, T, G, -1, K).astype(jnp.float32).sum(3).astype(x_BTGK.dtype)
+
+
+def _sweeps(call, do, saved, dbase, dresidual, first, spans):
+  """Gradients of both states after every span, of what was written, and of the prediction."""
+  delta, residual = call.config.delta, call.config.residual
+  split = call.split(spans, call.config.blocks.sweep)
+  prepared = (saved.matrices, saved.gates)
+  parts = Parts(call, prepared, first, spans, split, adjoint=True) if split > 1 else None
+
+  def sweep(dprediction, dstate, *places):
+    predicted = residual and dprediction is None  # the residual state, to which the base one leads
+    walk = functools.partial(
+      _sweep, call, do, saved, first, spans, split, dprediction, predicted
+    )
+    if parts is None:
+      return walk(dstate, *places, store=True)
+    edge = parts.at_edge(dstate)
+    *_, ends = walk(edge, *places, store=False)
+    *found, dstate = walk(parts.combine(edge, ends, int(predicted)), *places, store=True)
+    return *found, dstate[:, :, 0]
+
+  # Places of scores, inverse and prediction as `matrices` orders them, then rows of the gates.
+  residual_dstates = dz = dprediction = None
+  if residual:
+    residual_dstates, dz, dprediction, dresidual = sweep(
+      None, dresidual, 1 + delta, 4, None,
+      RESIDUAL_READ.value, RESIDUAL_IN.value, RESIDUAL_OUT.value, RESIDUAL_UNDO.value,
+    )  # fmt: skip
+  dstates, dy, _, dbase = sweep(
+    dprediction, dbase, 0, 1, 2 + delta,
+    BASE_IN.value, BASE_IN.value, BASE_OUT.value, BASE_UNDO.value,
+  )  # fmt: skip
+  return (dstates, residual_dstates), (dy, dz, dprediction), dbase, dresidual
+
+
+def _sweep(
+  call, do, saved, first, spans, split, dprediction, predicted,
+  dstate, scores, inverse, prediction, query_read, key_read, out, undo, *, store,
+):  # fmt: skip
+  config, block = call.config, call.config.blocks.sweep
+  C, span = config.blocks.chunk, config.blocks.span
+  states = (call.B, call.H, spans, call.V, call.K)
+  dwritten = (call.B, spans * span * C, call.H, call.V)
+  return call.launch(
+    sweep_kernel,
+    *(call.q, call.k, do, saved.matrices, saved.gates),
+    # Any array stands in for one that is not there.
+    *(do if x is None else x for x in (dprediction, saved.passes)),
+    *(dstate, call.T, first * span, spans * span),
+    out_shape=(
+      array(states if store else (1,), do.dtype),
+      array(dwritten if store else (1,), do.dtype),
+      array(dwritten if store and predicted else (1,), do.dtype),
+      array(dstate.shape, jnp.float32),
+    ),
+    programs=call.walk(block, split),
+    block=block,
+    C=C,
+    SPLIT=split,
+    STORE=store,
+    MATRICES=saved.matrices.shape[3],
+    SCORES=scores,
+    INVERSE=inverse,
+    PREDICTION=None if dprediction is None else prediction,
+    PREDICTED=predicted,
+    QUERY_READ=query_read,
+    KEY_READ=key_read,
+    OUT=out,
+    UNDO=undo,
+  )
+
+
+def _replaced(config, call) -> dict[str, str]:
+  """Which errors dk and dv are written over, token by token, as they are not read after that."""
+  found = {'dv': 'base_error'} if config.delta and config.residual else {}
+  if call.K == call.V and (config.delta or config.residual):
+    found['dk'] = 'residual_error' if config.residual else 'base_error'
+  return found
+
+
+def _gradients(call, do, saved, dstates, dwritten, found, first, spans):
+  """dq, dk and dv, which all pieces write to, and the gates' gradients.
+
+  `found` holds the first three from the pieces before, or None. What replaces a saved error is in
+  `saved`, which is returned too.
+  """
+  config, tokens = call.config, (*call.gates, call.segments)
+  gate = array((call.B, spans * call.tokens, call.H), jnp.float32)
+  gamma_gate = gate if config.residual else array((1,), jnp.float32)
+  keys = array((call.B, call.T, call.H, call.K), do.dtype)
+  dscores = array((call.pairs, spans, call.tokens, call.tokens), do.dtype)
+  # Without a delta rule the written value is v.
+  base_error = call.v if saved.base_error is None else saved.base_error
+  forward = {
+    'base_error': base_error, 'residual_error': saved.residual_error,
+    'states': saved.states, 'residual_states': saved.residual_states,
+  }  # fmt: skip
+
+  def run(kernel, block, arrays, places, out_shape):
+    """`places`: the arrays that the first outputs are written over; no place if there is none."""
+    names = list(arrays)
+    return call.launch(
+      kernel,
+      # Any array stands in where the kernel does not touch one that is not there.
+      *(call.q, call.k, *tokens, *(do if x is None else x for x in arrays.values())),
+      *(call.T, first, spans),
+      out_shape=out_shape,
+      programs=call.pairs * spans,
+      block=block,
+      C=call.tokens,
+      aliases={
+        6 + names.index(place): n for n, place in enumerate(places) if arrays[place] is not None
+      },
+    )
+
+  dq, *scores = run(
+    queries_kernel, config.blocks.queries, {'do': do, **forward, 'dq': found['dq']}, ('dq',),
+    (keys, dscores, gate, gamma_gate),
+  )  # fmt: skip
+  backward = dict(zip(('dstates', 'residual_dstates'), dstates, strict=True))
+  backward |= dict(zip(('dy', 'dz', 'dprediction'), dwritten, strict=True))
+  backward |= dict(zip(('dscores', 'dcumulative', 'dgamma'), scores, strict=True))
+  replaced = _replaced(config, call)
+  dk, dv, dlog_decay, dbeta, dgamma = run(
+    keys_kernel, config.blocks.keys,
+    {**forward, **backward, 'dk': found['dk'], 'dv': found['dv']},
+    (replaced.get('dk', 'dk'), replaced.get('dv', 'dv')),
+    (keys, array(call.v.shape, do.dtype), gate, gate, gamma_gate),
+  )  # fmt: skip
+  new = {'dq': dq, 'dk': dk, 'dv': dv}
+  saved = saved._replace(**{old: new.pop(name) for name, old in replaced.items()})
+  return saved, found | new, (dlog_decay, dbeta, dgamma if config.residual else None)
