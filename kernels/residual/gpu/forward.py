@@ -38,6 +38,19 @@ def written(write, k, state, DELTA: tl.constexpr, dtype: tl.constexpr, PRECISION
 
 
 @triton.jit
+def errors(exact, pointers, TWICE: tl.constexpr, PRECISION: tl.constexpr):
+  """y and y inverse^T; TWICE: of twice the digits of y, as what is written of like keys cancels."""
+  dtype = pointers.dtype.element_ty
+  y = exact.to(dtype)
+  rest = (exact - y.to(tl.float32)).to(dtype)
+  inverse = tl.trans(tl.load(pointers))
+  F = tl.dot(y, inverse, input_precision=PRECISION)
+  if TWICE and y.dtype != tl.float32:
+    F = tl.dot(rest, inverse, F, input_precision=PRECISION)
+  return y, F
+
+
+@triton.jit
 def forward_kernel(
   q_ptr,
   k_ptr,
@@ -155,8 +168,8 @@ def forward_kernel(
     if DELTA:
       o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
       X = tl.dot(S_low, tl.trans(k), input_precision=PRECISION)
-      y = (v - decay_in * X).to(square_dtype)
-      F = tl.dot(y, tl.trans(tl.load(square + C * C)), input_precision=PRECISION)
+      # Two states leave no registers for the second half of the digits of both.
+      y, F = errors(v - decay_in * X, square + C * C, not RESIDUAL, PRECISION)
       if SAVE:
         store_tile(
           base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN
@@ -189,12 +202,7 @@ def forward_kernel(
       if DELTA:
         Y = tl.dot(R_low, tl.trans(k), input_precision=PRECISION)
         exact = r - tl.load(gates + RESIDUAL_IN * C + i)[None, :] * Y
-        y = exact.to(square_dtype)
-        rest = (exact - y.to(tl.float32)).to(square_dtype)
-        inverse = tl.trans(tl.load(residual_square + 2 * C * C))
-        F = tl.dot(y, inverse, input_precision=PRECISION)
-        if square_dtype != tl.float32:  # what is written of like keys cancels: twice the digits
-          F = tl.dot(rest, inverse, F, input_precision=PRECISION)
+        y, F = errors(exact, residual_square + 2 * C * C, True, PRECISION)
       else:
         y = r.to(square_dtype)
         F = r
