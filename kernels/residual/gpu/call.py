@@ -15,6 +15,7 @@ from rla_jax.kernels.residual.gpu.batching import fold_into_batch
 from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS
 from rla_jax.kernels.residual.gpu.calls import INPUTS, OUTPUTS, SAVED, Call, Config, Saved, array
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
+from rla_jax.kernels.residual.gpu.launch import is_hopper
 from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.kernels.residual.gpu.parts import Parts
 
@@ -108,9 +109,11 @@ def _walk(call, prepared, split, base, residual, *, output, save):
     RESIDUAL=has_residual,
     OUTPUT=output,
     SAVE=save,
-    # Where registers allow it. A program with a multiprocessor of its own waits for itself, and the
-    # delta rule for its products, most of all; others lose.
-    BITS_LAST=block.value >= 64 and (config.delta or call.walk(block, split) <= MULTIPROCESSORS),
+    # Where registers allow it (RDN would spill 12 KiB a thread on sm_80). A program with a
+    # multiprocessor of its own waits for itself, the delta rule for its products; others lose.
+    BITS_LAST=(config.interpret or is_hopper())
+    and block.value >= 64
+    and (config.delta or call.walk(block, split) <= MULTIPROCESSORS),
   )
   kept = (save, keep_residual, keep_base_error, keep_residual, keep_passes)
   saved = [x if keep else None for x, keep in zip(saved, kept, strict=True)]

@@ -29,6 +29,14 @@ def device_kind() -> str:
   return jax.devices()[0].device_kind if described is None else described.device_kind
 
 
+def is_hopper() -> bool:
+  """Whether the device that is traced for is a Hopper (sm_90), with its instructions, or later."""
+  known = _CAPABILITIES.get(device_kind())
+  if known is None:
+    known = 10 * float(getattr(jax.devices()[0], 'compute_capability', 0))
+  return known >= 90
+
+
 @functools.cache
 def _triton_call():
   # Importing jax-triton empties TRITON_CACHE_DIR, for every other user of Triton in the process.
