@@ -118,6 +118,15 @@ def test_launch_checks_its_arguments(inputs, constexprs, message):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+  ('kind', 'expected'),
+  [('NVIDIA A100-SXM4-80GB', False), ('NVIDIA H200', True), ('a CPU that nobody knows', False)],
+)
+def test_hopper_is_known_by_its_name(kind, expected, monkeypatch):
+  monkeypatch.setattr(launch, 'device_kind', lambda: kind)
+  assert launch.is_hopper() == expected
+
+
 def test_compiled_kernels_are_kept_on_disk(tmp_path):
   """A second process finds what the first compiled; another kernel or option does not hit it."""
   compiled = []

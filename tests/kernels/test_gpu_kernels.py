@@ -291,7 +291,7 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     'C': chosen.chunk * (chosen.span if name in ('queries', 'keys') else 1), 'SPAN': chosen.span,
     'SPLIT': 8 if word in split_launches else 1, 'STATES': 1 + residual, 'STATE': 0,
     'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in name, 'EVEN': True,
-    'OUTPUT': True, 'STORE': True, 'BITS_LAST': capability >= 90 and delta and launch.value >= 64,
+    'OUTPUT': True, 'STORE': True, 'BITS_LAST': chosen.bits_last and capability >= 90,
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
     'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual), 'SCORES': 0,
     'INVERSE': 1, 'QUERY_READ': 0, 'KEY_READ': 0, 'OUT': 2, 'UNDO': 3,

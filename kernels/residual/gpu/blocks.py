@@ -34,6 +34,8 @@ class Blocks:
     keys: launch of the second half.
     pieces: parts of the sequence that the backward pass handles one after the other: more pieces
       hold less memory.
+    bits_last: whether the forward pass stores the clip's bits at the end of a chunk (on Hopper: on
+      others it takes more registers than there are).
     split: parts of the sequence, or of a piece, that are walked side by side; None for what
       `sequence_split` says, for the heads that a device holds.
   """
@@ -46,6 +48,7 @@ class Blocks:
   queries: Kernel
   keys: Kernel
   pieces: int
+  bits_last: bool = False
   split: int | None = None
 
   @classmethod
@@ -92,9 +95,12 @@ def heuristic(
   rdn, gdn = delta and residual, delta and not residual
   # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
   forward = loop if rdn else deep
-  if rdn and not large and tile == 64 and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS:
-    # One program a multiprocessor waits for itself. Two of half the width wait for each other,
-    # which gains more than wgmma: 1.26 to 0.95 ms (4 x 8192 tokens, 16 heads of 128, on an H200).
+  is_wide = not large and tile == 64
+  # One program a multiprocessor waits for itself.
+  is_alone = is_wide and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS
+  if rdn and is_alone:
+    # Two of half the width wait for each other, which gains more than wgmma: 0.89 to 0.69 ms of the
+    # walk (4 x 8192 tokens, 16 heads of 128, on an H200).
     forward = Kernel(32, 4, 3)
   parallel = Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3)
   return Blocks(
@@ -106,6 +112,7 @@ def heuristic(
     queries=parallel,
     keys=parallel if large or gdn else dataclasses.replace(parallel, stages=4),
     pieces=pieces,
+    bits_last=is_wide and residual and rdn != is_alone,
   )
 
 

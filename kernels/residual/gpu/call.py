@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax.kernels.residual.gpu.backward_pass import backward
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
-from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS
 from rla_jax.kernels.residual.gpu.calls import INPUTS, OUTPUTS, SAVED, Call, Config, Saved, array
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
 from rla_jax.kernels.residual.gpu.launch import is_hopper
@@ -109,11 +108,10 @@ def _walk(call, prepared, split, base, residual, *, output, save):
     RESIDUAL=has_residual,
     OUTPUT=output,
     SAVE=save,
-    # Where registers allow it (RDN would spill 12 KiB a thread on sm_80). A program with a
-    # multiprocessor of its own waits for itself, the delta rule for its products; others lose.
-    BITS_LAST=(config.interpret or is_hopper())
+    # With narrower tiles, or on an A100, RDN would spill 1 or 12 KiB a thread by it.
+    BITS_LAST=config.blocks.bits_last
     and block.value >= 64
-    and (config.delta or call.walk(block, split) <= MULTIPROCESSORS),
+    and (config.interpret or is_hopper()),
   )
   kept = (save, keep_residual, keep_base_error, keep_residual, keep_passes)
   saved = [x if keep else None for x, keep in zip(saved, kept, strict=True)]
