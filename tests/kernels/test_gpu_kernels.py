@@ -38,7 +38,8 @@ GATES = ('log_decay', 'beta', 'gamma')
 class Case:
   """A problem. `hard`: strengths of 1, no decay and keys alike, as of repeated tokens.
 
-  `common`: share of one direction in all keys.
+  `common`: share of one direction in all keys. `extreme`: gates of 0, next to nothing, 1 and below
+  0, side by side.
   """
 
   update: str = 'delta'
@@ -55,6 +56,7 @@ class Case:
   resets: bool = False
   hard: bool = False
   common: float = 0.0
+  extreme: bool = False
   chunk_size: int | None = None
   pieces: int = 1
   split: int | None = None
@@ -81,6 +83,13 @@ CASES = {
   'bfloat16, odd sizes, grouped heads, segments, resets, pieces': Case(
     dtype='bfloat16', H=2, K=20, V=40, T=150, segments=True, resets=True, pieces=2
   ),
+  'extreme gates, K < V, pieces': Case(K=16, V=40, T=100, extreme=True, pieces=2),
+  'extreme gates, additive': Case(update='additive', T=100, extreme=True, pieces=2),
+  'extreme gates, bfloat16': Case(dtype='bfloat16', K=32, V=32, T=100, extreme=True),
+  'extreme gates, float16': Case(dtype='float16', K=32, V=32, T=100, extreme=True),
+  'extreme gates, float16, additive': Case(
+    dtype='float16', update='additive', K=32, V=32, T=100, extreme=True
+  ),
   'bfloat16, odd sizes, chunk 16': Case(dtype='bfloat16', K=20, V=40, T=75, chunk_size=16),
   'bfloat16, odd sizes, chunk 64': Case(dtype='bfloat16', K=20, V=40, T=75, chunk_size=64),
   # Parts of 32 tokens, so that segments start at a part's first token and elsewhere.
@@ -94,6 +103,7 @@ SLOW_CASES = {
   'split, base alone': Case(residual=False, T=128, split=4),
   'split, additive, base alone': Case(update='additive', residual=False, T=128, split=2),
   'split, hard': Case(hard=True, T=256, split=8),
+  'split, large heads': Case(K=200, V=16, T=128, split=4),
   'split, bfloat16': Case(dtype='bfloat16', T=256, K=32, V=32, split=4),
 }
 
@@ -117,6 +127,8 @@ def problem(case: Case, seed: int = 0):
   v = rounded(rng.standard_normal((B, T, H, V)))
   log_decay = np.zeros((B, T, H)) if case.hard else -0.3 * rng.random((B, T, H))
   beta, gamma = np.ones((2, B, T, H)) if case.hard else rng.random((2, B, T, H))
+  if case.extreme:
+    beta, gamma = rng.choice([0, 1e-20, 1e-6, 1e-3, 1, -1e-9, -0.3], (2, B, T, H))
   if case.resets:
     log_decay[:, [T // 5, T // 2, T - 1]] = -np.inf
     log_decay[:, T // 4] = -90.0

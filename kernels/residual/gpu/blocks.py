@@ -85,8 +85,8 @@ def heuristic(
   large = wide or key_dim > 128
   tile = 16 if wide else max(16, min(64, 1 << (value_dim - 1).bit_length()))
   walks = heads * -(-value_dim // tile)
-  # As few as keep the peak of forward and backward within twice the bytes of q, k, v, o and their
-  # gradients, for heads of 128.
+  # Of two states as few as keep the peak of forward and backward within twice the bytes of q, k, v,
+  # o and their gradients, for heads of 128; one state has room for 2.
   pieces = {(True, True): 4, (False, True): 3}.get((delta, residual), 2) if length >= 512 else 1
   if 2 * walks <= MULTIPROCESSORS:
     pieces = min(pieces, max(1, length // 4096))  # a piece is to be long enough to be split

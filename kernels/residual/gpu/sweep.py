@@ -4,7 +4,7 @@ Called for the residual state, whose gradient the outputs alone decide, and then
 which is read by the residuals too. Only what the next chunk waits for is computed here: the adjoint
 from dW to dR0, and from dU to dS0. What it learns (dR1, dz and the prediction's gradient dp, dS1
 and dy) is stored for `keys`, which is parallel over chunks. Transposed like `forward`, whose
-matrices it reads: they give dU = b dy.
+matrices it reads: they give dy and dz times the gate.
 """
 
 import triton
@@ -73,7 +73,8 @@ def sweep_kernel(
   only the last gradient is wanted, of all parts but the first. SCORES, INVERSE and PREDICTION say
   which of the chunk's MATRICES is which; PREDICTION is None where no residual is made from this
   state. QUERY_READ, KEY_READ, OUT and UNDO are rows of the gates. PREDICTED: this is the residual
-  state, whose sweep knows the gradient of the prediction, -dW where the residual passes the clip.
+  state, whose sweep knows the gradient of the prediction, -gamma dz where the residual passes the
+  clip.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   WORDS: tl.constexpr = (C + 31) // 32
@@ -131,24 +132,24 @@ def sweep_kernel(
       passes = load_bits(words, e, is_value, V, C)
     if PREDICTION is not None:
       dp = tl.trans(load_tile(dprediction_ptr + piece_values + value_offsets, value_seen, EVEN))
-    dU = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
-    dU *= tl.load(gates + OUT * C + i)[None, :]
+    gated_dy = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
+    gated_dy *= tl.load(gates + OUT * C + i)[None, :]
     if DELTA:
       inverse = tl.load(square + INVERSE * C * C)
-      dU = tl.dot(dU.to(square_dtype), inverse, input_precision=PRECISION)
+      gated_dy = tl.dot(gated_dy.to(square_dtype), inverse, input_precision=PRECISION)
     scores = tl.load(square + SCORES * C * C)
-    dU = tl.dot(do.to(square_dtype), scores, dU, input_precision=PRECISION)
+    gated_dy = tl.dot(do.to(square_dtype), scores, gated_dy, input_precision=PRECISION)
     if PREDICTION is not None:
       prediction = tl.load(square + PREDICTION * C * C)
-      dU = tl.dot(dp.to(square_dtype), prediction, dU, input_precision=PRECISION)
+      gated_dy = tl.dot(dp.to(square_dtype), prediction, gated_dy, input_precision=PRECISION)
     if STORE:
-      dy = tl.load(gates + UNDO * C + i)[None, :] * dU
+      dy = tl.load(gates + UNDO * C + i)[None, :] * gated_dy
       store_tile(dy_ptr + piece_values + value_offsets, tl.trans(dy.to(dtype)), value_seen, EVEN)
     read = tl.load(gates + QUERY_READ * C + i)[None, :] * do.to(tl.float32)
     dS *= tl.load(gates + BASE_IN * C + C - 1)
     dS = tl.dot(read.to(dtype), q, dS, input_precision=PRECISION)
     if DELTA:
-      dX = -tl.load(gates + KEY_READ * C + i)[None, :] * dU
+      dX = -tl.load(gates + KEY_READ * C + i)[None, :] * gated_dy
       if PREDICTION is not None:
         dX += tl.load(gates + BASE_BEFORE * C + i)[None, :] * dp.to(tl.float32)
       dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
@@ -157,7 +158,7 @@ def sweep_kernel(
       dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
     # Behind what the next chunk waits for.
     if PREDICTED and STORE:
-      dp = -dU
+      dp = -gated_dy
       if CLIP is not None:
         dp = tl.where(passes != 0, dp, 0.0)
       store_tile(
