@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
-from rla_jax.kernels.residual.gpu.calls import INPUTS, OUTPUTS, SAVED, Call, Config, array
+from rla_jax.kernels.residual.gpu.context import INPUTS, OUTPUTS, SAVED, Call, Config, array
 from rla_jax.kernels.residual.gpu.keys import keys_kernel
 from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.kernels.residual.gpu.parts import Parts
@@ -46,7 +46,7 @@ def backward(config: Config):
       later = (saved, found, dbase, dresidual)
       saved, found, dbase, dresidual = jax.lax.optimization_barrier(later)
       gates.append(piece_gates)
-    found |= {new: getattr(saved, old) for new, old in _replaced(config, call).items()}
+    found |= {new: getattr(saved, old) for new, old in _replaced(call).items()}
     dq, dk, dv = found['dq'], found['dk'], found['dv']
     dlog_decay, dbeta, dgamma = jax.tree.map(
       lambda *parts: jnp.concatenate(parts[::-1], axis=1)[:, : call.T], *gates
@@ -144,8 +144,9 @@ def _sweep(
   )
 
 
-def _replaced(config, call) -> dict[str, str]:
+def _replaced(call) -> dict[str, str]:
   """Which errors dk and dv are written over, token by token, as they are not read after that."""
+  config = call.config
   found = {'dv': 'base_error'} if config.delta and config.residual else {}
   if call.K == call.V and (config.delta or config.residual):
     found['dk'] = 'residual_error' if config.residual else 'base_error'
@@ -194,7 +195,7 @@ def _gradients(call, do, saved, dstates, dwritten, found, first, spans):
   backward = dict(zip(('dstates', 'residual_dstates'), dstates, strict=True))
   backward |= dict(zip(('dy', 'dz', 'dprediction'), dwritten, strict=True))
   backward |= dict(zip(('dscores', 'dcumulative', 'dgamma'), scores, strict=True))
-  replaced = _replaced(config, call)
+  replaced = _replaced(call)
   dk, dv, dlog_decay, dbeta, dgamma = run(
     keys_kernel, config.blocks.keys,
     {**forward, **backward, 'dk': found['dk'], 'dv': found['dv']},

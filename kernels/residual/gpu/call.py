@@ -12,7 +12,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax.kernels.residual.gpu.backward_pass import backward
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
-from rla_jax.kernels.residual.gpu.calls import INPUTS, OUTPUTS, SAVED, Call, Config, Saved, array
+from rla_jax.kernels.residual.gpu.context import (
+  INPUTS,
+  OUTPUTS,
+  SAVED,
+  Call,
+  Config,
+  Saved,
+  array,
+)
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
 from rla_jax.kernels.residual.gpu.launch import is_hopper
 from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads

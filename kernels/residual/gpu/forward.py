@@ -42,6 +42,7 @@ def errors(exact, pointers, TWICE: tl.constexpr, PRECISION: tl.constexpr):
   """y and y inverse^T; TWICE: of twice the digits of y, as what is written of like keys cancels."""
   dtype = pointers.dtype.element_ty
   y = exact.to(dtype)
+  # Here, before the product, or registers spill.
   rest = (exact - y.to(tl.float32)).to(dtype)
   inverse = tl.trans(tl.load(pointers))
   F = tl.dot(y, inverse, input_precision=PRECISION)

@@ -1,4 +1,4 @@
-"""What all kernels of a call share: its configuration, its sizes and gates, and how to launch."""
+"""What all kernels of one call are given."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -50,7 +50,8 @@ def _precision(dtype) -> str:
   return 'tf32x3' if dtype == jnp.float32 else 'tf32'
 
 
-def array(shape, dtype):
+def array(shape, dtype) -> jax.ShapeDtypeStruct:
+  """An output of a kernel."""
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
