@@ -35,23 +35,19 @@ def backward(config: Config):
   def run(inputs, saved, cotangents):
     call = Call(config, *inputs)
     do, dbase, dresidual = cotangents
-    size = -(-call.spans // min(config.blocks.pieces, call.spans))
-    found = dict.fromkeys(('dq', 'dk', 'dv'))
-    gates = []
+    found = dict.fromkeys(('dq', 'dk', 'dv', 'dlog_decay', 'dbeta', 'dgamma'))
+    size = call.piece()
     for first in reversed(range(0, call.spans, size)):
       piece = (first, min(size, call.spans - first))
       dstates, dwritten, dbase, dresidual = _sweeps(call, do, saved, dbase, dresidual, *piece)
-      saved, found, piece_gates = _gradients(call, do, saved, dstates, dwritten, found, *piece)
+      saved, found = _gradients(call, do, saved, dstates, dwritten, found, *piece)
       # One piece after the other, or the scheduler lets all of them live at once.
       later = (saved, found, dbase, dresidual)
       saved, found, dbase, dresidual = jax.lax.optimization_barrier(later)
-      gates.append(piece_gates)
     found |= {new: getattr(saved, old) for new, old in _replaced(call).items()}
-    dq, dk, dv = found['dq'], found['dk'], found['dv']
-    dlog_decay, dbeta, dgamma = jax.tree.map(
-      lambda *parts: jnp.concatenate(parts[::-1], axis=1)[:, : call.T], *gates
-    )
-    return dq, dk, dv, dlog_decay, dbeta, dgamma, dbase, dresidual
+    dlog_decay, dbeta = found['dlog_decay'][:, : call.T], found['dbeta'][:, : call.T]
+    dgamma = found['dgamma'][:, : call.T] if config.residual else None
+    return found['dq'], found['dk'], found['dv'], dlog_decay, dbeta, dgamma, dbase, dresidual
 
   *tokens, base, residual, segments = INPUTS
   inputs = ((*tokens, segments), SAVED, OUTPUTS)
@@ -154,13 +150,13 @@ def _replaced(call) -> dict[str, str]:
 
 
 def _gradients(call, do, saved, dstates, dwritten, found, first, spans):
-  """dq, dk and dv, which all pieces write to, and the gates' gradients.
+  """The gradients of a piece's inputs, in arrays that all pieces write to.
 
-  `found` holds the first three from the pieces before, or None. What replaces a saved error is in
-  `saved`, which is returned too.
+  `found` holds these from the pieces before, or None. What replaces a saved error is in `saved`,
+  which is returned too.
   """
   config, tokens = call.config, (*call.gates, call.segments)
-  gate = array((call.B, spans * call.tokens, call.H), jnp.float32)
+  gate = array((call.B, call.spans * call.tokens, call.H), jnp.float32)
   gamma_gate = gate if config.residual else array((1,), jnp.float32)
   keys = array((call.B, call.T, call.H, call.K), do.dtype)
   dscores = array((call.pairs, spans, call.tokens, call.tokens), do.dtype)
@@ -171,37 +167,45 @@ def _gradients(call, do, saved, dstates, dwritten, found, first, spans):
     'states': saved.states, 'residual_states': saved.residual_states,
   }  # fmt: skip
 
-  def run(kernel, block, arrays, places, out_shape):
-    """`places`: the arrays that the first outputs are written over; no place if there is none."""
+  def run(kernel, block, arrays, outputs):
+    """`outputs`: shape by name; what has the name of one of `arrays` is written over that."""
     names = list(arrays)
-    return call.launch(
+    results = call.launch(
       kernel,
       # Any array stands in where the kernel does not touch one that is not there.
       *(call.q, call.k, *tokens, *(do if x is None else x for x in arrays.values())),
       *(call.T, first, spans),
-      out_shape=out_shape,
+      out_shape=tuple(outputs.values()),
       programs=call.pairs * spans,
       block=block,
       C=call.tokens,
       aliases={
-        6 + names.index(place): n for n, place in enumerate(places) if arrays[place] is not None
+        6 + names.index(name): n
+        for n, name in enumerate(outputs)
+        if name in names and arrays[name] is not None
       },
     )
+    return dict(zip(outputs, results, strict=True))
 
-  dq, *scores = run(
-    queries_kernel, config.blocks.queries, {'do': do, **forward, 'dq': found['dq']}, ('dq',),
-    (keys, dscores, gate, gamma_gate),
+  before = lambda *names: {name: found[name] for name in names}  # noqa: E731
+  queried = run(
+    queries_kernel, config.blocks.queries,
+    {'do': do, **forward, **before('dq', 'dlog_decay', 'dgamma')},
+    {'dq': keys, 'dscores': dscores, 'dlog_decay': gate, 'dgamma': gamma_gate},
   )  # fmt: skip
+  dscores = queried.pop('dscores')
+  found = found | queried
   backward = dict(zip(('dstates', 'residual_dstates'), dstates, strict=True))
   backward |= dict(zip(('dy', 'dz', 'dprediction'), dwritten, strict=True))
-  backward |= dict(zip(('dscores', 'dcumulative', 'dgamma'), scores, strict=True))
+  # Where dk and dv take the place of an error, that has the name of the error.
   replaced = _replaced(call)
-  dk, dv, dlog_decay, dbeta, dgamma = run(
+  dk, dv = (replaced.get(name, name) for name in ('dk', 'dv'))
+  new = run(
     keys_kernel, config.blocks.keys,
-    {**forward, **backward, 'dk': found['dk'], 'dv': found['dv']},
-    (replaced.get('dk', 'dk'), replaced.get('dv', 'dv')),
-    (keys, array(call.v.shape, do.dtype), gate, gate, gamma_gate),
+    {**forward, **backward, 'dscores': dscores,
+     **before('dk', 'dv', 'dlog_decay', 'dgamma', 'dbeta')},
+    {dk: keys, dv: array(call.v.shape, do.dtype),
+     'dlog_decay': gate, 'dgamma': gamma_gate, 'dbeta': gate},
   )  # fmt: skip
-  new = {'dq': dq, 'dk': dk, 'dv': dv}
-  saved = saved._replace(**{old: new.pop(name) for name, old in replaced.items()})
-  return saved, found | new, (dlog_decay, dbeta, dgamma if config.residual else None)
+  saved = saved._replace(**{name: new.pop(name) for name in replaced.values()})
+  return saved, found | new

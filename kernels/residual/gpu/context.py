@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rla_jax.kernels.residual.gpu.blocks import Blocks, sequence_split
+from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS, Blocks, sequence_split
 from rla_jax.kernels.residual.gpu.launch import launch
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
 from rla_jax.kernels.residual.gpu.tiles import GATES
@@ -103,6 +103,17 @@ class Call:
     if parts is None:
       parts = sequence_split(self.walk(block), spans, delta=self.config.delta)
     return -(-spans // -(-spans // min(parts, spans)))
+
+  def piece(self) -> int:
+    """Spans of a piece of the backward pass, the last of which may be shorter.
+
+    Up to an eighth longer than it must be, if that fills the last round of the parallel kernels,
+    which run two programs on a multiprocessor.
+    """
+    size = -(-self.spans // min(self.config.blocks.pieces, self.spans))
+    rounds = -(-size * self.pairs // (2 * MULTIPROCESSORS))
+    filled = rounds * 2 * MULTIPROCESSORS // self.pairs
+    return filled if size < filled <= size + size // 8 else size
 
   def _is_even(self, block_v):
     """Whether no tile needs a mask."""

@@ -20,6 +20,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   load_tile,
   part_chunks,
   store_bits,
+  store_state,
   store_tile,
 )
 
@@ -100,6 +101,8 @@ def forward_kernel(
   # The pipeline prefetches what products take, which v is not with the delta rule: so it comes
   # through a product with the identity, unless registers are short.
   PREFETCH_V: tl.constexpr = DELTA and (not RESIDUAL or BLOCK_V < 64)
+  # Orders of what depends on nothing but y, as measured: the compiler keeps to them.
+  WRITE_FIRST: tl.constexpr = DELTA and SAVE and not RESIDUAL
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   WORDS: tl.constexpr = (C + 31) // 32
   sequence = tl.program_id(0) // TILES
@@ -191,9 +194,12 @@ def forward_kernel(
         if SAVE:
           passes = tl.where(tl.abs(r) < CLIP, 1.0, 0.0).to(dtype)
         r = tl.minimum(tl.maximum(r, -CLIP), CLIP)
-    o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
+    if not WRITE_FIRST:
+      o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     write = tl.load(gates + BASE_OUT * C + i)[None, :] * F
     S = written(write, k, decay_all * S, DELTA, dtype, PRECISION)
+    if WRITE_FIRST:
+      o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     if SAVE and RESIDUAL and CLIP is not None and not BITS_LAST:
       store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
     if RESIDUAL:
@@ -207,13 +213,16 @@ def forward_kernel(
       else:
         y = r.to(square_dtype)
         F = r
+      if DELTA:
+        o = tl.dot(y, tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
+      write = tl.load(gates + RESIDUAL_OUT * C + i)[None, :] * F
+      R = written(write, k, decay_all * R, DELTA, dtype, PRECISION)
       if SAVE:
         store_tile(
           residual_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN
         )
-      o = tl.dot(y, tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
-      write = tl.load(gates + RESIDUAL_OUT * C + i)[None, :] * F
-      R = written(write, k, decay_all * R, DELTA, dtype, PRECISION)
+      if not DELTA:
+        o = tl.dot(y, tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
     if OUTPUT:
       store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
     # At the end, where little else is in registers.
@@ -222,10 +231,10 @@ def forward_kernel(
     if SAVE:
       if (n + 1) % SPAN == 0 and n + 1 < last:
         span = pair * (chunks // SPAN) + (n + 1) // SPAN
-        saved = span * (K * V) + first_value * K + saved_offsets
-        store_tile(states_ptr + saved, S.to(dtype), state_seen, EVEN)
+        place = span * (K * V) + first_value * K
+        store_state(states_ptr + place, S.to(dtype), V - first_value, n, K, EVEN)
         if RESIDUAL:
-          store_tile(residual_states_ptr + saved, R.to(dtype), state_seen, EVEN)
+          store_state(residual_states_ptr + place, R.to(dtype), V - first_value, n, K, EVEN)
 
   # Offsets of their own: those of the loads would stay in registers throughout the loop.
   state_offsets = state + fresh(a, chunks)[:, None] * V + e[None, :]

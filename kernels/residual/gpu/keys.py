@@ -47,18 +47,19 @@ def keys_kernel(
   dz_ptr,
   dprediction_ptr,
   dscores_ptr,
-  dcumulative_ptr,
-  dgamma_read_ptr,
   dk_before_ptr,
   dv_before_ptr,
+  dlog_decay_before_ptr,
+  dgamma_before_ptr,
+  dbeta_before_ptr,
   T,
   first_chunk,
   chunks,
   dk_ptr,
   dv_ptr,
   dlog_decay_ptr,
-  dbeta_ptr,
   dgamma_ptr,
+  dbeta_ptr,
   H: tl.constexpr,
   G: tl.constexpr,
   K: tl.constexpr,
@@ -75,9 +76,10 @@ def keys_kernel(
 ):
   """One chunk of one head. Grid (B * H * chunks of the piece,).
 
-  Pieces write to the same dk and dv. The *_before arguments are their buffers, never read, unless
-  they take the places of errors: dk of the residual error or else of the base one, dv of the base
-  error of two states. All that is read of those is read before.
+  Pieces write to the same arrays, whose buffers the *_before arguments are. Read, and then written
+  over, are of these dlog_decay and dgamma, as `queries` left them, and errors, whose places dk and
+  dv may take: dk that of the residual error or else of the base one, dv of the base error of two
+  states.
   """
   # Over the base error dv is written behind its last use, which takes another read of its parts.
   DV_LAST: tl.constexpr = DELTA and RESIDUAL
@@ -144,12 +146,12 @@ def keys_kernel(
       if RESIDUAL:
         dv -= dp.to(tl.float32)
       store_dv(dv_ptr, value_rows, is_token, tile * BLOCK_V + e, dv, V, EVEN)
-  out_gates = (batch * chunks + n) * C * H + head + fresh(i, T) * H
-  dG = tl.load(dcumulative_ptr + out_gates)
+  out_gates = (batch * tl.cdiv(T, C) + first_chunk + n) * C * H + head + fresh(i, T) * H
+  dG = tl.load(dlog_decay_before_ptr + out_gates)
   is_diagonal = i[:, None] == i[None, :]
   tl.store(dbeta_ptr + out_gates, tl.sum(tl.where(is_diagonal, dgram, 0.0), 1))
   if RESIDUAL:
-    dgamma = tl.load(dgamma_read_ptr + out_gates) + tl.sum(tl.where(is_diagonal, dz_F, 0.0), 1)
+    dgamma = tl.load(dgamma_before_ptr + out_gates) + tl.sum(tl.where(is_diagonal, dz_F, 0.0), 1)
     tl.store(dgamma_ptr + out_gates, dgamma)
   cumulative, before, era, era_before, is_reset = chunk_decays(*decays, SEGMENTED)
   if DELTA or RESIDUAL:

@@ -32,8 +32,12 @@ from rla_jax.kernels.residual.gpu.tiles import (
   decay_out,
   load_decays,
   not_zero,
+)
+from rla_jax.kernels.residual.gpu.triangle import (
+  inverse_of_16,
+  inverse_quarters,
   parts_dot,
-  unit_lower_inverse,
+  quarters,
 )
 
 ROWS = tl.constexpr(GATES)
@@ -44,6 +48,53 @@ def matrices(*, delta: bool, residual: bool) -> int:
   scores, prediction, residual inverse.
   """
   return 1 + delta + 2 * residual + (delta and residual)
+
+
+@triton.jit
+def store_square(out, X, C: tl.constexpr):
+  """Stores a matrix, or a quarter of one, whose rows are C apart."""
+  i = tl.arange(0, X.shape[0])
+  tl.store(out + i[:, None] * C + i[None, :], X.to(out.dtype.element_ty))
+
+
+@triton.jit
+def store_lower(out, A, B, D, C: tl.constexpr):
+  """Stores the matrix [[A, 0], [B, D]]."""
+  store_square(out, A, C)
+  store_square(out + C // 2, tl.zeros_like(A), C)
+  store_square(out + C // 2 * C, B, C)
+  store_square(out + C // 2 * C + C // 2, D, C)
+
+
+@triton.jit
+def store_inverse(out, A, A_t, gate, C: tl.constexpr, SOLVE: tl.constexpr):
+  """Stores (I + A diag(gate))^-1; returns what `store_product` takes, the inverse times the gate.
+
+  Of the lower triangle diag(gate) (I + A diag(gate))^-1 that is the upper left, lower left and
+  lower right quarter, transposed; of 16 rows it is the whole, and nothing of use.
+  """
+  N, N_t = A * gate[None, :], A_t * gate[:, None]
+  if C == 16:
+    X, X_t = inverse_of_16(N, N_t, SOLVE)
+    store_square(out, X, C)
+    return X_t * gate[None, :], X_t, X_t
+  else:
+    A, A_t, B, B_t, D, D_t = inverse_quarters(N, N_t, C, SOLVE)
+    store_lower(out, A, B, D, C)
+    first, second = tl.split(tl.trans(tl.reshape(gate, (2, C // 2))))
+    return A_t * first[None, :], B_t * second[None, :], D_t * second[None, :]
+
+
+@triton.jit
+def store_product(out, S, A_t, B_t, D_t, C: tl.constexpr, SOLVE: tl.constexpr):
+  """Stores the product of a lower triangular S with what `store_inverse` returned."""
+  if C == 16:
+    store_square(out, parts_dot(S, A_t, SOLVE), C)
+  else:
+    upper, _, lower_left, lower_right = quarters(S, C)
+    B = parts_dot(lower_left, A_t, SOLVE) + parts_dot(lower_right, B_t, SOLVE)
+    D = parts_dot(lower_right, D_t, SOLVE)
+    store_lower(out, parts_dot(upper, A_t, SOLVE), B, D, C)
 
 
 @triton.jit
@@ -83,9 +134,8 @@ def prepare_kernel(
   keys = ((row + start) * G + head // (H // G)) * K
   offsets = i[:, None] * (G * K) + columns[None, :]
   seen = (tokens < T)[:, None] & (columns < K)[None, :]
-  dtype = matrices_ptr.dtype.element_ty
   COUNT: tl.constexpr = 1 + DELTA + 2 * RESIDUAL + (DELTA and RESIDUAL)
-  out = matrices_ptr + chunk * (COUNT * C * C) + i[:, None] * C + i[None, :]
+  out = matrices_ptr + chunk * (COUNT * C * C)
   # All loads first, so that they are waited for once.
   decays = load_decays(log_decay_ptr, segments_ptr, batch, head, start, T, i, H, SEGMENTED)
   k = tl.load(k_ptr + keys + offsets, mask=seen, other=0.0)
@@ -96,7 +146,8 @@ def prepare_kernel(
     gamma = not_zero(tl.load(gamma_ptr + first_gate + i * H, mask=tokens < T, other=0.0))
   cumulative, before, era, era_before, _ = chunk_decays(*decays, SEGMENTED)
   is_diagonal = i[:, None] == i[None, :]
-  L = decay_between(cumulative, era, cumulative, era, True, C)
+  if not DELTA:
+    L = decay_between(cumulative, era, cumulative, era, True, C)
   if DELTA or RESIDUAL:
     gram = tl.dot(k, tl.trans(k), input_precision=PRECISION)
 
@@ -113,27 +164,33 @@ def prepare_kernel(
     tl.store(gates + RESIDUAL_OUT * C, to_end * gamma)
     tl.store(gates + RESIDUAL_UNDO * C, 1.0 / gamma)
 
-  scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * L
-  # The base read-out of the residual form leaves out the current token.
-  base_scores = tl.where(is_diagonal, 0.0, scores) if RESIDUAL else scores
+  scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+  if DELTA:  # not before, where it would take registers that the keys and queries need
+    L = decay_between(cumulative, era, cumulative, era, True, C)
+  scores *= L
   if RESIDUAL:
-    scores = gamma[:, None] * scores
     prediction = decay_between(before, era_before, cumulative, era, False, C) * gram
   if DELTA:
     A = tl.where(is_diagonal, 0.0, L * gram)
-    inverse = unit_lower_inverse(A * beta[None, :], C, SOLVE)
-    tl.store(out + C * C, inverse.to(dtype))
-    through = beta[:, None] * inverse
-    if RESIDUAL:
-      tl.store(out + 3 * C * C, parts_dot(prediction, through, SOLVE).to(dtype))
-    tl.store(out, parts_dot(base_scores, through, SOLVE).to(dtype))
-    if RESIDUAL:
-      inverse = unit_lower_inverse(A * gamma[None, :], C, SOLVE)
-      tl.store(out + 4 * C * C, inverse.to(dtype))
-      scores = parts_dot(scores, gamma[:, None] * inverse, SOLVE)
-      tl.store(out + 2 * C * C, scores.to(dtype))
+    A_t = tl.where(is_diagonal, 0.0, tl.trans(L) * gram)
+  # The base read-out of the residual form leaves out the current token.
+  if DELTA and RESIDUAL:
+    # T >> 30 is 0, which the compiler cannot know: unrolled, both inverses would be in registers.
+    for state in tl.range(2 + (T >> 30)):
+      is_base = state == 0
+      gate = tl.where(is_base, beta, gamma)
+      a, b, d = store_inverse(out + (1 + 3 * state) * C * C, A, A_t, gate, C, SOLVE)
+      if is_base:
+        store_product(out + 3 * C * C, prediction, a, b, d, C, SOLVE)
+      read = tl.where(is_base, 1.0, gamma)[:, None] * scores
+      read = tl.where(is_base & is_diagonal, 0.0, read)
+      store_product(out + 2 * state * C * C, read, a, b, d, C, SOLVE)
+  elif DELTA:
+    a, b, d = store_inverse(out + C * C, A, A_t, beta, C, SOLVE)
+    store_product(out, scores, a, b, d, C, SOLVE)
+  elif RESIDUAL:
+    store_square(out, tl.where(is_diagonal, 0.0, scores) * beta[None, :], C)
+    store_square(out + C * C, gamma[:, None] * scores * gamma[None, :], C)
+    store_square(out + 2 * C * C, prediction * beta[None, :], C)
   else:
-    tl.store(out, (base_scores * beta[None, :]).to(dtype))
-    if RESIDUAL:
-      tl.store(out + C * C, (scores * gamma[None, :]).to(dtype))
-      tl.store(out + 2 * C * C, (prediction * beta[None, :]).to(dtype))
+    store_square(out, scores * beta[None, :], C)

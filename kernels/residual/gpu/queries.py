@@ -32,12 +32,14 @@ def queries_kernel(
   states_ptr,
   residual_states_ptr,
   dq_before_ptr,
+  dlog_decay_before_ptr,
+  dgamma_before_ptr,
   T,
   first_chunk,
   chunks,
   dq_ptr,
   dscores_ptr,
-  dcumulative_ptr,
+  dlog_decay_ptr,
   dgamma_ptr,
   H: tl.constexpr,
   G: tl.constexpr,
@@ -55,7 +57,9 @@ def queries_kernel(
 ):
   """One chunk of one head. Grid (B * H * chunks of the piece,).
 
-  Pieces write to the same dq: dq_before is its buffer, never read.
+  Pieces write to the same dq, and what this finds of the gates' gradients, which `keys` completes,
+  to the same dlog_decay (of the sums of log decays so far) and dgamma. The *_before arguments are
+  their buffers, never read.
   """
   pair = (tl.program_id(0) // chunks).to(tl.int64)
   n = tl.program_id(0) % chunks
@@ -145,7 +149,7 @@ def queries_kernel(
   dq_offsets = gates * K + i[:, None] * (H * K) + a[None, :]
   store_tile(dq_ptr + dq_offsets, dq.to(dtype), key_seen, EVEN)
 
-  out_gates = (batch * chunks + n) * C * H + head + i * H
-  tl.store(dcumulative_ptr + out_gates, dG)
+  out_gates = (batch * tl.cdiv(T, C) + first_chunk + n) * C * H + head + i * H
+  tl.store(dlog_decay_ptr + out_gates, dG)
   if RESIDUAL:
     tl.store(dgamma_ptr + out_gates, dgamma)

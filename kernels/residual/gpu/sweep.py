@@ -18,6 +18,7 @@ from rla_jax.kernels.residual.gpu.tiles import (
   load_bits,
   load_tile,
   part_chunks,
+  store_state,
   store_tile,
 )
 
@@ -97,7 +98,6 @@ def sweep_kernel(
   value_offsets = i[:, None] * (H * V) + e[None, :]
   square_offsets = i[:, None] * C + i[None, :]
   state_offsets = a[None, :] * V + e[:, None]
-  saved_offsets = e[:, None] * K + a[None, :]
   is_value = first_value + e < V
   state_seen = (a < K)[None, :] & is_value[:, None]
   state = sequence * (K * V) + first_value
@@ -126,7 +126,7 @@ def sweep_kernel(
     if STORE:
       if n % SPAN == SPAN - 1:
         saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * (K * V) + first_value * K
-        store_tile(saved + saved_offsets, dS_low, state_seen, EVEN)
+        store_state(saved, dS_low, V - first_value, n, K, EVEN)
     if PREDICTED and STORE and CLIP is not None:
       words = passes_ptr + chunk * (WORDS * V) + first_value
       passes = load_bits(words, e, is_value, V, C)

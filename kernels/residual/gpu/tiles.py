@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: decays inside a chunk, and the inverse of a triangle."""
+"""Device functions that the kernels share: loads, stores, and decays inside a chunk."""
 
 import triton
 import triton.language as tl
@@ -69,6 +69,28 @@ def load_columns(
 def load_state(pointer, values, keys, K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr):
   """Rows `values` of a state as it is stored, [V, K]; zero beyond V and K."""
   return load_columns(pointer, values * K, keys, 0, values < V, K, EVEN)
+
+
+@triton.jit
+def store_state(pointer, state, rows, number, K: tl.constexpr, EVEN: tl.constexpr):
+  """Stores `rows` rows of a state [values, keys], in a loop of which this is iteration `number`.
+
+  A warp holds 16 rows whole. As a tile [values, keys], Triton would store them by other warps, for
+  which all wait four times; of these dimensions the first two that are left behind the keys go to
+  lanes and then to warps, so that each stores its own: RLA's saving forward pass takes 0.54 ms in
+  place of 0.59 (4 x 8192 tokens, 16 heads of 128, on an H200).
+  """
+  N: tl.constexpr = state.shape[0]
+  BLOCK_K: tl.constexpr = state.shape[1]
+  LANES: tl.constexpr = max(1, min(16, 256 // BLOCK_K))  # rows that one warp stores at a time
+  x = tl.reshape(state, (N // 16, 16 // LANES, LANES, BLOCK_K))
+  lane = tl.arange(0, LANES)[:, None, None, None]
+  warp = fresh(tl.arange(0, N // 16), number)[None, :, None, None]
+  turn = tl.arange(0, 16 // LANES)[None, None, :, None]
+  row = warp * 16 + turn * LANES + lane
+  key = tl.arange(0, BLOCK_K)[None, None, None, :]
+  seen = (row < rows) & (key < K)
+  store_tile(pointer + (row * K + key), tl.permute(x, (2, 0, 1, 3)), seen, EVEN)
 
 
 @triton.jit
@@ -177,62 +199,3 @@ def decay_between(G_to, era_to, G_from, era_from, INCLUSIVE: tl.constexpr, C: tl
   era_to, era_from = era_to.to(tl.float32) * FAR, era_from.to(tl.float32) * FAR
   far = tl.minimum(reach[:, None] - place[None, :], era_from[None, :] - era_to[:, None])
   return tl.exp2((G_to[:, None] - G_from[None, :]) + far)
-
-
-@triton.jit
-def high_part(x):
-  """The first half of the bits of float32 numbers: a bfloat16, still as float32.
-
-  By a mask: of a conversion that is taken back, Triton would convert number by number.
-  """
-  return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def parts_dot(a, b, PRECISION: tl.constexpr):
-  """a b of float32 tiles; 'parts': of the two bfloat16 parts of each, exact to 2^-15."""
-  if PRECISION == 'parts':
-    a_high, b_high = high_part(a), high_part(b)
-    a_low, b_low = (a - a_high).to(tl.bfloat16), (b - b_high).to(tl.bfloat16)
-    a_high, b_high = a_high.to(tl.bfloat16), b_high.to(tl.bfloat16)
-    product = tl.dot(a_high, b_low)
-    product = tl.dot(a_low, b_high, product)
-    return tl.dot(a_high, b_high, product)
-  else:
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def unit_lower_inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
-  """(I + N)^-1 of a strictly lower triangular N [C, C], by doubling the blocks.
-
-  Powers of N over a whole chunk overflow for correlated keys; merging exact inverses of the
-  diagonal blocks does not: [[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']].
-  """
-  # Blocks of 16 as one batched product.
-  BLOCKS: tl.constexpr = C // 16
-  block = tl.arange(0, BLOCKS)
-  diagonal = (block[:, None] == block[None, :]).to(tl.float32)
-  tiles = tl.permute(tl.reshape(N, (BLOCKS, 16, BLOCKS, 16)), (0, 2, 1, 3))
-  tiles = tl.sum(tiles * diagonal[:, :, None, None], 1)
-  i = tl.arange(0, 16)[:, None]
-  j = tl.arange(0, 16)[None, :]
-  X = tl.where(i == j, 1.0, 0.0)[None] - tl.where(i // 2 == j // 2, tiles, 0.0)
-  for level in tl.static_range(1, 4):
-    half = 2**level
-    below = tl.where((i // (2 * half) == j // (2 * half)) & (i // half != j // half), tiles, 0.0)
-    step = parts_dot(X, below, PRECISION)
-    X -= parts_dot(step, X, PRECISION)
-  X = tl.reshape(X, (BLOCKS, 1, 16, 16)) * diagonal[:, :, None, None]
-  X = tl.reshape(tl.permute(X, (0, 2, 1, 3)), (C, C))
-  i = tl.arange(0, C)[:, None]
-  j = tl.arange(0, C)[None, :]
-  if C >= 32:
-    below = tl.where((i // 32 == j // 32) & (i // 16 != j // 16), N, 0.0)
-    step = parts_dot(X, below, PRECISION)
-    X -= parts_dot(step, X, PRECISION)
-  if C >= 64:
-    below = tl.where((i // 64 == j // 64) & (i // 32 != j // 32), N, 0.0)
-    step = parts_dot(X, below, PRECISION)
-    X -= parts_dot(step, X, PRECISION)
-  return X
