@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from rla_jax.kernels.residual.gpu import blocks, call, selftest
 from rla_jax.kernels.residual.gpu import candidates as candidate_lists
+from rla_jax.kernels.residual.gpu.launch import is_hopper
 
 LIST = flags.DEFINE_list
 RULES = LIST(
@@ -165,8 +166,8 @@ def tune(problem: Problem, log: Log, end: float, save) -> None:
   inputs = tuple(arrays[n] for n in ('q', 'k', 'v', 'log_decay', 'beta'))
   inputs += (arrays['gamma'], state, state) if problem.has_residual else (None, state, None)
   best = selftest.with_split(
-    blocks.heuristic(**sizes), delta=problem.is_delta, value_dim=problem.size,
-    heads=problem.batch * problem.heads, length=problem.length,
+    blocks.heuristic(**sizes, hopper=is_hopper()), delta=problem.is_delta,
+    value_dim=problem.size, heads=problem.batch * problem.heads, length=problem.length,
   )  # fmt: skip
   key = blocks.tuned_key(**sizes)
   for part in PARTS.value:

@@ -100,6 +100,7 @@ def residual_attention(
     return jnp.zeros_like(v_BTHV), base_BHKV, residual_BHKV
   chosen = blocks.choose(
     None if interpret else launch.device_kind(),
+    hopper=interpret or launch.is_hopper(),
     delta=update == 'delta',
     residual=gamma_BTH is not None,
     key_dim=K,

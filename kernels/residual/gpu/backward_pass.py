@@ -35,7 +35,8 @@ def backward(config: Config):
   def run(inputs, saved, cotangents):
     call = Call(config, *inputs)
     do, dbase, dresidual = cotangents
-    found = dict.fromkeys(('dq', 'dk', 'dv', 'dlog_decay', 'dbeta', 'dgamma'))
+    names = ('dq', 'dk', 'dv', 'dlog_decay', 'dbeta', 'dgamma')
+    found = dict.fromkeys(names)
     size = call.piece()
     for first in reversed(range(0, call.spans, size)):
       piece = (first, min(size, call.spans - first))
@@ -45,9 +46,9 @@ def backward(config: Config):
       later = (saved, found, dbase, dresidual)
       saved, found, dbase, dresidual = jax.lax.optimization_barrier(later)
     found |= {new: getattr(saved, old) for new, old in _replaced(call).items()}
-    dlog_decay, dbeta = found['dlog_decay'][:, : call.T], found['dbeta'][:, : call.T]
-    dgamma = found['dgamma'][:, : call.T] if config.residual else None
-    return found['dq'], found['dk'], found['dv'], dlog_decay, dbeta, dgamma, dbase, dresidual
+    if not config.residual:
+      found['dgamma'] = None
+    return *(found[name] for name in names), dbase, dresidual
 
   *tokens, base, residual, segments = INPUTS
   inputs = ((*tokens, segments), SAVED, OUTPUTS)
@@ -156,7 +157,7 @@ def _gradients(call, do, saved, dstates, dwritten, found, first, spans):
   which is returned too.
   """
   config, tokens = call.config, (*call.gates, call.segments)
-  gate = array((call.B, call.spans * call.tokens, call.H), jnp.float32)
+  gate = array((call.B, call.T, call.H), jnp.float32)
   gamma_gate = gate if config.residual else array((1,), jnp.float32)
   keys = array((call.B, call.T, call.H, call.K), do.dtype)
   dscores = array((call.pairs, spans, call.tokens, call.tokens), do.dtype)

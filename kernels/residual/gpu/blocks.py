@@ -34,8 +34,8 @@ class Blocks:
     keys: launch of the second half.
     pieces: parts of the sequence that the backward pass handles one after the other: more pieces
       hold less memory.
-    bits_last: whether the forward pass stores the clip's bits at the end of a chunk (on Hopper: on
-      others it takes more registers than there are).
+    bits_last: whether the forward pass stores the clip's bits at the end of a chunk: what is right
+      for tiles of 64 costs registers with others.
     split: parts of the sequence, or of a piece, that are walked side by side; None for what
       `sequence_split` says, for the heads that a device holds.
   """
@@ -76,9 +76,14 @@ def sequence_split(programs: int, spans: int, *, delta: bool) -> int:
 
 
 def heuristic(
-  *, delta: bool, residual: bool, key_dim: int, value_dim: int, dtype, heads: int, length: int
-) -> Blocks:
-  """Block sizes for a call of `heads` (batch times heads) sequences of `length` tokens."""
+  *, delta: bool, residual: bool, key_dim: int, value_dim: int, dtype, heads: int, length: int,
+  hopper: bool = True,
+) -> Blocks:  # fmt: skip
+  """Block sizes for a call of `heads` (batch times heads) sequences of `length` tokens.
+
+  Those of a Hopper are as measured on an H200; for other cards they are the widest of which no
+  register spills, by the compiler's report: nobody has timed them there.
+  """
   # A warp holds 16 value columns of a state whole, so smaller tiles save no registers: 64 columns
   # are what wgmma wants. It cannot serve float32.
   wide = jnp.dtype(dtype).itemsize == 4
@@ -92,7 +97,7 @@ def heuristic(
     pieces = min(pieces, max(1, length // 4096))  # a piece is to be long enough to be split
   loop = Kernel(tile, tile // 16, 2)
   deep = loop if large else dataclasses.replace(loop, stages=3)
-  rdn, gdn = delta and residual, delta and not residual
+  rdn = delta and residual
   # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
   forward = loop if rdn else deep
   is_wide = not large and tile == 64
@@ -103,18 +108,25 @@ def heuristic(
     # walk (4 x 8192 tokens, 16 heads of 128, on an H200).
     forward = Kernel(32, 4, 3)
   parallel = Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3)
-  keys_stages = parallel.stages if large or gdn else 4 if delta or not residual else 5
+  sweep = dataclasses.replace(deep, stages=4) if is_alone and not rdn else deep
+  queries, keys = parallel, parallel
+  if not large:
+    # As deep as leaves the shared memory for two programs.
+    keys = dataclasses.replace(parallel, stages={(1, 0): 3, (0, 1): 5}.get((delta, residual), 4))
+  if not hopper and not large:
+    # Products of 16 rows a warp in place of 64 for four: states of 64 columns would spill.
+    forward = sweep = Kernel(min(32, tile), 4, 3)
+    queries = keys = Kernel(min(32, tile), 8, 2)
   return Blocks(
     chunk=16 if large else 32,
     span=2,
     prepare=Kernel(0, 4 if large else 1, 1),
     forward=forward,
-    # Alone, it has the shared memory for a deeper one: RLA's sweeps take 0.63 ms in place of 0.66.
-    sweep=dataclasses.replace(deep, stages=4) if is_alone and not rdn else deep,
-    queries=parallel,
-    keys=dataclasses.replace(parallel, stages=keys_stages),
+    sweep=sweep,
+    queries=queries,
+    keys=keys,
     pieces=pieces,
-    bits_last=is_wide and residual,
+    bits_last=is_wide and residual and forward.value == 64,
   )
 
 
@@ -140,7 +152,7 @@ def tuned_key(
   return f'{rule}/{jnp.dtype(dtype).name}/K{key_dim}/V{value_dim}/heads{heads}/length{length}'
 
 
-def choose(device_kind: str | None, **call) -> Blocks:
+def choose(device_kind: str | None, *, hopper: bool = True, **call) -> Blocks:
   """The tuned block sizes of a call if the card's table has them, else the heuristic's."""
   record = tuned_table(device_kind).get(tuned_key(**call)) if device_kind else None
-  return Blocks.from_json(record) if record else heuristic(**call)
+  return Blocks.from_json(record) if record else heuristic(**call, hopper=hopper)

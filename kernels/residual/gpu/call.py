@@ -22,7 +22,6 @@ from rla_jax.kernels.residual.gpu.context import (
   array,
 )
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
-from rla_jax.kernels.residual.gpu.launch import is_hopper
 from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.kernels.residual.gpu.parts import Parts
 
@@ -116,10 +115,7 @@ def _walk(call, prepared, split, base, residual, *, output, save):
     RESIDUAL=has_residual,
     OUTPUT=output,
     SAVE=save,
-    # With narrower tiles, or on an A100, RDN would spill 1 or 12 KiB a thread by it.
-    BITS_LAST=config.blocks.bits_last
-    and block.value >= 64
-    and (config.interpret or is_hopper()),
+    BITS_LAST=config.blocks.bits_last,
   )
   kept = (save, keep_residual, keep_base_error, keep_residual, keep_passes)
   saved = [x if keep else None for x, keep in zip(saved, kept, strict=True)]

@@ -101,8 +101,11 @@ def forward_kernel(
   # The pipeline prefetches what products take, which v is not with the delta rule: so it comes
   # through a product with the identity, unless registers are short.
   PREFETCH_V: tl.constexpr = DELTA and (not RESIDUAL or BLOCK_V < 64)
-  # Orders of what depends on nothing but y, as measured: the compiler keeps to them.
-  WRITE_FIRST: tl.constexpr = DELTA and SAVE and not RESIDUAL
+  # The compiler keeps to an order of products and stores; these are the fastest that were found.
+  WIDE: tl.constexpr = DELTA and RESIDUAL and BLOCK_V >= 64
+  READ_LATE: tl.constexpr = DELTA and RESIDUAL and not WIDE
+  WRITE_FIRST: tl.constexpr = SAVE and DELTA and not READ_LATE
+  READ_LAST: tl.constexpr = not DELTA and BLOCK_V >= 64
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   WORDS: tl.constexpr = (C + 31) // 32
   sequence = tl.program_id(0) // TILES
@@ -114,8 +117,6 @@ def forward_kernel(
       last = tl.where(sequence % SPLIT == SPLIT - 1, first, last)
   pair = (sequence // SPLIT).to(tl.int64)
   sequence = sequence.to(tl.int64)
-  head = pair % H
-  row = pair // H * T
   i = tl.arange(0, C)
   a = tl.arange(0, BLOCK_K)
   first_value = (tl.program_id(0) % TILES) * BLOCK_V
@@ -140,6 +141,8 @@ def forward_kernel(
     if SAVE:
       store_tile(residual_states_ptr + saved, R.to(dtype), state_seen, EVEN)
 
+  if SPLIT == 1:
+    tl.assume(chunks > 0)
   # Told its stages, the loop prefetches all loads, not only those of products. For the addresses of
   # those the residual delta rule has no registers left while it saves.
   for n in tl.range(first, last, num_stages=None if DELTA and RESIDUAL and SAVE else STAGES):
@@ -148,9 +151,13 @@ def forward_kernel(
     key_offsets = t[:, None] * (G * K) + a[None, :]
     value_offsets = t[:, None] * (H * V) + e[None, :]
     square_offsets = t[:, None] * C + i[None, :]
-    keys = ((row + start) * G + head // (H // G)) * K
-    values = ((row + start) * H + head) * V + first_value
-    chunk = pair * chunks + n
+    # Of two states at full width, what is held throughout the loop takes registers from products.
+    program = fresh(tl.program_id(0), start) if WIDE else tl.program_id(0)
+    here = program // (TILES * SPLIT)
+    token = here // H * T + start
+    keys = (token * G + here % H // (H // G)).to(tl.int64) * K
+    values = (token * H + here % H).to(tl.int64) * V + program % TILES * BLOCK_V
+    chunk = (here * chunks + n).to(tl.int64)
     is_token = (start + i < T)[:, None]
     key_seen = is_token & (a < K)[None, :]
     value_seen = is_token & is_value[None, :]
@@ -170,14 +177,15 @@ def forward_kernel(
     S_low = S.to(dtype)
     decay_in = tl.load(gates + BASE_IN * C + i)[None, :]
     if DELTA:
-      o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
+      if not READ_LATE:
+        o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
       X = tl.dot(S_low, tl.trans(k), input_precision=PRECISION)
       # Two states leave no registers for the second half of the digits of both.
       y, F = errors(v - decay_in * X, square + C * C, not RESIDUAL, PRECISION)
-      if SAVE:
-        store_tile(
-          base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN
-        )
+      if SAVE and WIDE:
+        store_tile(base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
+      if READ_LATE:
+        o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
     else:
       # In this order, or registers spill.
       if RESIDUAL:
@@ -198,6 +206,8 @@ def forward_kernel(
       o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     write = tl.load(gates + BASE_OUT * C + i)[None, :] * F
     S = written(write, k, decay_all * S, DELTA, dtype, PRECISION)
+    if SAVE and DELTA and not WIDE:
+      store_tile(base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
     if WRITE_FIRST:
       o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     if SAVE and RESIDUAL and CLIP is not None and not BITS_LAST:
@@ -213,24 +223,29 @@ def forward_kernel(
       else:
         y = r.to(square_dtype)
         F = r
-      if DELTA:
+      if not READ_LAST:
         o = tl.dot(y, tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
+        if OUTPUT and READ_LATE:
+          store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
       write = tl.load(gates + RESIDUAL_OUT * C + i)[None, :] * F
       R = written(write, k, decay_all * R, DELTA, dtype, PRECISION)
       if SAVE:
         store_tile(
           residual_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN
         )
-      if not DELTA:
+      if READ_LAST:
         o = tl.dot(y, tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
-    if OUTPUT:
+    if OUTPUT and not READ_LATE:
+      u = fresh(i, start) if WIDE else t
+      value_offsets = u[:, None] * (H * V) + e[None, :]
       store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
     # At the end, where little else is in registers.
     if SAVE and RESIDUAL and CLIP is not None and BITS_LAST:
-      store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
+      words = passes_ptr + chunk * (WORDS * V) + first_value
+      store_bits(words, fresh(e, start) if WIDE else e, is_value, passes, V, C)
     if SAVE:
       if (n + 1) % SPAN == 0 and n + 1 < last:
-        span = pair * (chunks // SPAN) + (n + 1) // SPAN
+        span = (fresh(pair, n) if WIDE else pair) * (chunks // SPAN) + (n + 1) // SPAN
         place = span * (K * V) + first_value * K
         store_state(states_ptr + place, S.to(dtype), V - first_value, n, K, EVEN)
         if RESIDUAL:

@@ -149,7 +149,6 @@ def queries_kernel(
   dq_offsets = gates * K + i[:, None] * (H * K) + a[None, :]
   store_tile(dq_ptr + dq_offsets, dq.to(dtype), key_seen, EVEN)
 
-  out_gates = (batch * tl.cdiv(T, C) + first_chunk + n) * C * H + head + i * H
-  tl.store(dlog_decay_ptr + out_gates, dG)
+  store_tile(dlog_decay_ptr + gates + i * H, dG, is_token, EVEN)
   if RESIDUAL:
-    tl.store(dgamma_ptr + out_gates, dgamma)
+    store_tile(dgamma_ptr + gates + i * H, dgamma, is_token, EVEN)

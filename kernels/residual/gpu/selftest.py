@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
 
 from rla_jax.kernels.residual import judge
 from rla_jax.kernels.residual.gpu import blocks, call, candidates, step
+from rla_jax.kernels.residual.gpu.launch import is_hopper
 from rla_jax.kernels.residual.judge import report
 from rla_jax.kernels.short_conv.gpu import selftest as short_conv
 
@@ -72,7 +73,7 @@ def lengths(chosen: blocks.Blocks) -> tuple[int, int]:
   return tokens, tokens - 3
 
 
-def heuristic_cases(sizes, dtypes) -> list[Case]:
+def heuristic_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
   """The heuristic's answers over short and long, few and many sequences, each once.
 
   Where it splits a long sequence, a short one is split here.
@@ -83,7 +84,7 @@ def heuristic_cases(sizes, dtypes) -> list[Case]:
   ):
     sizes_ = {'key_dim': size, 'value_dim': size, 'dtype': dtype}
     chosen = blocks.heuristic(
-      delta=delta, residual=residual, heads=heads, length=length, **sizes_
+      delta=delta, residual=residual, heads=heads, length=length, hopper=hopper, **sizes_
     )
     chosen = shortened(
       with_split(chosen, delta=delta, value_dim=size, heads=heads, length=length)
@@ -106,9 +107,9 @@ def tuned_cases(device_kind: str) -> list[Case]:
   return list(cases)
 
 
-def candidate_cases(sizes, dtypes) -> list[Case]:
+def candidate_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
   """The heuristic's answers, and for many sequences each launch that tuning tries first."""
-  heuristic = heuristic_cases(sizes, dtypes)
+  heuristic = heuristic_cases(sizes, dtypes, hopper=hopper)
   cases = {case: case for case in heuristic}
   bases = {(c.delta, c.residual, c.dtype, c.key_dim): c for c in heuristic if not c.blocks.split}
   for base in bases.values():
@@ -185,8 +186,9 @@ def check_sharded() -> str | None:
   mesh = jax.make_mesh((devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   chosen = blocks.heuristic(
-    delta=True, residual=True, key_dim=64, value_dim=64, dtype='bfloat16', heads=8, length=256
-  )
+    delta=True, residual=True, key_dim=64, value_dim=64, dtype='bfloat16', heads=8, length=256,
+    hopper=is_hopper(),
+  )  # fmt: skip
   case = Case(True, True, 'bfloat16', 64, 64, chosen, 'sharded')
   problem, *arrays = make_problem(case, 128, 5, B=2 * devices)
   run = jax.jit(functools.partial(_run, call.Config(True, True, problem.clip, chosen, False)))
@@ -217,7 +219,7 @@ def main() -> int:
   print(f'{device.device_kind}, Triton {triton.__version__}, jax {jax.__version__}')
   cases = [c for c in tuned_cases(device.device_kind) if c.dtype in arguments.dtypes]
   find = candidate_cases if arguments.candidates else heuristic_cases
-  cases += find(arguments.sizes, arguments.dtypes)
+  cases += find(arguments.sizes, arguments.dtypes, hopper=is_hopper())
   runs = [(case, length) for case in cases for length in lengths(case.blocks)]
   convolutions = short_conv.cases(arguments.sizes, arguments.dtypes)
   wrong = 0
