@@ -180,8 +180,8 @@ def forward_kernel(
       if not READ_LATE:
         o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
       X = tl.dot(S_low, tl.trans(k), input_precision=PRECISION)
-      # Two states leave no registers for the second half of the digits of both.
-      y, F = errors(v - decay_in * X, square + C * C, not RESIDUAL, PRECISION)
+      # Two states of heads above 64 leave no registers for the second half of the digits of both.
+      y, F = errors(v - decay_in * X, square + C * C, not RESIDUAL or BLOCK_K <= 64, PRECISION)
       if SAVE and WIDE:
         store_tile(base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
       if READ_LATE:
