@@ -166,7 +166,7 @@ def test_quickstart_prints_its_table(tmp_path):
   assert result.returncode == 0, result.stderr
   figures = {
     line.rsplit(None, 1)[0].strip(): line.split()
-    for line in result.stdout.splitlines() if line.startswith('  ')
+    for line in result.stdout.splitlines() if line.startswith('  ') and line.strip()
   }  # fmt: skip
   assert {'unigram', 'bigram', 'xz -9'} <= set(figures)
   assert (tmp_path / 'run' / 'loss.png').exists()
