@@ -28,7 +28,7 @@ class Blocks:
     chunk: tokens of a chunk of the sequential kernels, 16, 32 or 64.
     span: chunks from one saved state to the next; `queries` and `keys` work on chunk * span tokens.
     prepare: launch of what needs neither values nor states (its value tile is not used).
-    forward: launch of the forward pass, both states in one program.
+    forward: launch of the forward pass, both states in one program unless `paired`.
     sweep: launch of the sequential part of the backward pass, one state a program.
     queries: launch of the first half of its parallel part.
     keys: launch of the second half.
@@ -36,6 +36,7 @@ class Blocks:
       hold less memory.
     bits_last: whether the forward pass stores the clip's bits at the end of a chunk: what is right
       for tiles of 64 costs registers with others.
+    paired: whether the forward pass has a program a state, which run side by side.
     split: parts of the sequence, or of a piece, that are walked side by side; None for what
       `sequence_split` says, for the heads that a device holds.
   """
@@ -49,6 +50,7 @@ class Blocks:
   keys: Kernel
   pieces: int
   bits_last: bool = False
+  paired: bool = False
   split: int | None = None
 
   @classmethod

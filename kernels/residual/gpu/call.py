@@ -1,7 +1,7 @@
 """The operator for JAX, with its gradient, and the forward pass: `prepare`, then `forward`.
 
 `prepare` is parallel over chunks, `forward` walks them. Where heads are few, it walks several parts
-of a sequence side by side (`split`).
+of a sequence side by side (`split`), or two states do (`pair`).
 """
 
 import functools
@@ -22,12 +22,15 @@ from rla_jax.kernels.residual.gpu.context import (
   array,
 )
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
+from rla_jax.kernels.residual.gpu.pair import pair_kernel
 from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.kernels.residual.gpu.parts import Parts
 
 # Names for jax.checkpoint policies: the output, and what the backward pass reads beyond the inputs.
 OUTPUT_NAME = 'residual_attention_output'
 SAVED_NAME = 'residual_attention_saved'
+
+HANDED_AT_A_TIME = 8  # chunks, from a program of the base state to one of the residual state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -62,6 +65,8 @@ def _forward(config: Config, save: bool):
   def run(q, k, v, log_decay, beta, gamma, base, residual, segments):
     call = Call(config, q, k, v, log_decay, beta, gamma, segments)
     prepared = call.prepare()
+    if config.blocks.paired:
+      return _walk_pair(call, prepared, base, residual, save)
     split = call.split(call.spans, config.blocks.forward)
     walk = functools.partial(_walk, call, prepared, split)
     if split > 1:
@@ -121,3 +126,40 @@ def _walk(call, prepared, split, base, residual, *, output, save):
   saved = [x if keep else None for x, keep in zip(saved, kept, strict=True)]
   outputs = (o, base_out, residual_out if has_residual else None)
   return outputs, Saved(*saved, squares, gates) if save else None
+
+
+def _walk_pair(call, prepared, base, residual, save):
+  """What `_walk` returns, by programs of their own for each state."""
+  config, block, v = call.config, call.config.blocks.forward, call.v
+  squares, gates = prepared
+  C, chunks = config.blocks.chunk, call.spans * config.blocks.span
+  keep_passes = save and config.clip is not None
+  walks, nothing = call.walk(block), (1,)
+  states = array((call.B, call.H, call.spans, call.V, call.K) if save else nothing, v.dtype)
+  error = array(v.shape if save else nothing, v.dtype)
+  state = array(base.shape, jnp.float32)
+  words = (call.B, call.H, chunks, -(-C // 32), call.V)
+  handed = (call.B, call.H, chunks, call.V, C)
+  # Residuals within a bound are as exact in float16 as they need to be, with half the bytes.
+  is_narrow = config.clip is not None and v.dtype != jnp.float32
+  flags = jnp.zeros(1 + walks, jnp.int32)
+  o, base, residual, *saved, _, _, _ = call.launch(
+    pair_kernel,
+    *(call.q, call.k, v, squares, gates, base, residual, flags, call.T, chunks),
+    out_shape=(
+      *(array(v.shape, v.dtype), state, state, states, states, error, error),
+      array(words if keep_passes else nothing, jnp.int32),
+      array(handed, jnp.float16 if is_narrow else jnp.float32),
+      array(handed, v.dtype),
+      array(flags.shape, flags.dtype),
+    ),
+    aliases={7: 10},
+    programs=2 * walks,
+    block=block,
+    C=C,
+    BLOCK=HANDED_AT_A_TIME,
+    SAVE=save,
+  )
+  if not keep_passes:
+    saved[-1] = None
+  return (o, base, residual), Saved(*saved, squares, gates) if save else None

@@ -1,0 +1,260 @@
+"""Kernel B where heads are too few for it: a program a state, the residual's behind the base's.
+
+With one program a multiprocessor, a walk with both states waits for itself. The base state asks
+nothing of the residual one: so programs of their own walk it, and hand the residuals and their part
+of the output over through memory, a block of chunks at a time. The programs of the residual state
+follow. Transposed as in `forward`, whose letters these are.
+"""
+
+import triton
+import triton.language as tl
+
+from rla_jax.kernels.residual.gpu.forward import errors, written
+from rla_jax.kernels.residual.gpu.handover import place_in_line, post, wait
+from rla_jax.kernels.residual.gpu.tiles import (
+  BASE_BEFORE,
+  BASE_IN,
+  BASE_OUT,
+  GATES,
+  RESIDUAL_IN,
+  RESIDUAL_OUT,
+  RESIDUAL_READ,
+  fresh,
+  load_tile,
+  store_bits,
+  store_state,
+  store_tile,
+)
+
+ROWS = tl.constexpr(GATES)
+
+
+@triton.jit
+def load_handed(pointers, seen, EVEN: tl.constexpr, identity):
+  """A tile that `store_state` stored, in float32; 16 bits wide it comes through a product.
+
+  So it is prefetched: the pipeline leaves what no product takes in registers.
+  """
+  tile = load_tile(pointers, seen, EVEN)
+  return tile if tile.dtype == tl.float32 else tl.dot(tile, identity.to(tile.dtype))
+
+
+@triton.jit
+def walk_chunk(
+  n,
+  state,
+  pair,
+  first_value,
+  q_ptr,
+  k_ptr,
+  v_ptr,
+  matrices_ptr,
+  gates_ptr,
+  o_ptr,
+  states_ptr,
+  error_ptr,
+  passes_ptr,
+  residuals_ptr,
+  base_o_ptr,
+  T,
+  chunks,
+  IS_BASE: tl.constexpr,
+  H: tl.constexpr,
+  G: tl.constexpr,
+  K: tl.constexpr,
+  V: tl.constexpr,
+  C: tl.constexpr,
+  SPAN: tl.constexpr,
+  BLOCK_K: tl.constexpr,
+  BLOCK_V: tl.constexpr,
+  CLIP: tl.constexpr,
+  SAVE: tl.constexpr,
+  EVEN: tl.constexpr,
+  PRECISION: tl.constexpr,
+):
+  """One chunk of one of the two states, which it returns as the chunk leaves it."""
+  SCALE: tl.constexpr = 1.0 if CLIP is None else CLIP
+  READ: tl.constexpr = BASE_IN if IS_BASE else RESIDUAL_READ
+  IN: tl.constexpr = BASE_IN if IS_BASE else RESIDUAL_IN
+  OUT: tl.constexpr = BASE_OUT if IS_BASE else RESIDUAL_OUT
+  WORDS: tl.constexpr = (C + 31) // 32
+  dtype = q_ptr.dtype.element_ty
+  i = tl.arange(0, C)
+  a = tl.arange(0, BLOCK_K)
+  e = tl.arange(0, BLOCK_V)
+  start = n * C
+  token = pair // H * T + start
+  keys = (token * G + pair % H // (H // G)) * K
+  values = (token * H + pair % H) * V + first_value
+  chunk = pair * chunks + n
+  handed = chunk * (V * C) + first_value * C
+  is_token = start + i < T
+  is_value = first_value + e < V
+  key_seen = is_token[:, None] & (a < K)[None, :]
+  value_seen = is_token[:, None] & is_value[None, :]
+  key_offsets = i[:, None] * (G * K) + a[None, :]
+  value_offsets = i[:, None] * (H * V) + e[None, :]
+  identity = (i[:, None] == i[None, :]).to(dtype)
+
+  k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
+  q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
+  square = matrices_ptr + chunk * (5 * C * C) + i[:, None] * C + i[None, :]
+  gates = gates_ptr + chunk * (ROWS * C)
+  low = state.to(dtype)
+  if IS_BASE:
+    seen = is_token[None, :] & is_value[:, None]
+    v = load_tile(v_ptr + values + i[None, :] * (H * V) + e[:, None], seen, EVEN)
+    v = tl.dot(v, identity, input_precision=PRECISION)
+  else:
+    square += 2 * C * C
+    offsets = e[:, None] * C + i[None, :]
+    seen = is_value[:, None]
+    v = SCALE * load_handed(residuals_ptr + handed + offsets, seen, EVEN, identity)
+  o = tl.dot(low, tl.trans(q), input_precision=PRECISION)
+  o *= tl.load(gates + READ * C + i)[None, :]
+  X = tl.dot(low, tl.trans(k), input_precision=PRECISION)
+  inverse = square + (1 if IS_BASE else 2) * C * C
+  y, F = errors(v - tl.load(gates + IN * C + i)[None, :] * X, inverse, True, PRECISION)
+  if IS_BASE:
+    prediction = tl.trans(tl.load(square + 3 * C * C))
+    r = v - tl.load(gates + BASE_BEFORE * C + i)[None, :] * X
+    r -= tl.dot(y, prediction, input_precision=PRECISION)
+    if CLIP is not None:
+      if SAVE:
+        passes = tl.where(tl.abs(r) < CLIP, 1.0, 0.0).to(dtype)
+      r = tl.minimum(tl.maximum(r, -CLIP), CLIP) * (1.0 / SCALE)
+    r = r.to(residuals_ptr.dtype.element_ty)
+    store_state(residuals_ptr + handed, r, V - first_value, n, C, EVEN)
+  write = tl.load(gates + OUT * C + i)[None, :] * F
+  decay_all = tl.load(gates + BASE_IN * C + C - 1)
+  state = written(write, k, decay_all * state, True, dtype, PRECISION)
+  if SAVE:
+    store_tile(error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
+  o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
+  if IS_BASE:
+    o = o.to(base_o_ptr.dtype.element_ty)
+    store_state(base_o_ptr + handed, o, V - first_value, n, C, EVEN)
+    if SAVE and CLIP is not None:
+      store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
+  else:
+    o += load_handed(base_o_ptr + handed + offsets, seen, EVEN, identity)
+    store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
+  if SAVE:
+    if (n + 1) % SPAN == 0 and n + 1 < chunks:
+      place = (pair * (chunks // SPAN) + (n + 1) // SPAN) * (K * V) + first_value * K
+      store_state(states_ptr + place, state.to(dtype), V - first_value, n, K, EVEN)
+  return state
+
+
+@triton.jit
+def load_first(
+  state_ptr, states_ptr, pair, spans, first_value, K: tl.constexpr, V: tl.constexpr,
+  BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr, dtype,
+):  # fmt: skip
+  """The state that a walk starts from, which is the first that it saves."""
+  a = tl.arange(0, BLOCK_K)
+  e = tl.arange(0, BLOCK_V)
+  seen = (a < K)[None, :] & (first_value + e < V)[:, None]
+  place = pair * (K * V) + first_value
+  state = load_tile(state_ptr + place + a[None, :] * V + e[:, None], seen, EVEN)
+  if SAVE:
+    saved = states_ptr + pair * spans * (K * V) + first_value * K
+    store_tile(saved + e[:, None] * K + a[None, :], state.to(dtype), seen, EVEN)
+  return state
+
+
+@triton.jit
+def store_last(
+  state_ptr, state, pair, first_value, chunks, K: tl.constexpr, V: tl.constexpr,
+  BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+  """The state that a walk ends with."""
+  a = fresh(tl.arange(0, BLOCK_K), chunks)
+  e = tl.arange(0, BLOCK_V)
+  seen = (a < K)[:, None] & (first_value + e < V)[None, :]
+  place = pair * (K * V) + first_value
+  store_tile(state_ptr + place + a[:, None] * V + e[None, :], tl.trans(state), seen, EVEN)
+
+
+@triton.jit
+def pair_kernel(
+  q_ptr,
+  k_ptr,
+  v_ptr,
+  matrices_ptr,
+  gates_ptr,
+  base_ptr,
+  residual_ptr,
+  zeros_ptr,
+  T,
+  chunks,
+  o_ptr,
+  base_out_ptr,
+  residual_out_ptr,
+  states_ptr,
+  residual_states_ptr,
+  base_error_ptr,
+  residual_error_ptr,
+  passes_ptr,
+  residuals_ptr,
+  base_o_ptr,
+  flags_ptr,
+  H: tl.constexpr,
+  G: tl.constexpr,
+  K: tl.constexpr,
+  V: tl.constexpr,
+  C: tl.constexpr,
+  SPAN: tl.constexpr,
+  BLOCK: tl.constexpr,
+  BLOCK_K: tl.constexpr,
+  BLOCK_V: tl.constexpr,
+  CLIP: tl.constexpr,
+  SAVE: tl.constexpr,
+  EVEN: tl.constexpr,
+  PRECISION: tl.constexpr,
+  STAGES: tl.constexpr,
+):
+  """Grid (2 * B * H * value tiles,). `flags` starts as zeros: a counter, then one a base program.
+
+  `residuals` (divided by the bound of the clip) and `base_o` are [B, H, chunks, V, C], of BLOCK
+  chunks at a time.
+  """
+  TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+  dtype = q_ptr.dtype.element_ty
+  walks = tl.num_programs(0) // 2
+  program = place_in_line(flags_ptr)
+  is_base = program < walks
+  program %= walks
+  flag = flags_ptr + 1 + program
+  pair = (program // TILES).to(tl.int64)
+  first_value = program % TILES * BLOCK_V
+  spans = chunks // SPAN
+  if is_base:
+    S = load_first(
+      base_ptr, states_ptr, pair, spans, first_value, K, V, BLOCK_K, BLOCK_V, SAVE, EVEN, dtype
+    )
+    for first in tl.range(0, chunks, BLOCK):
+      last = tl.minimum(first + BLOCK, chunks)
+      for n in tl.range(first, last, num_stages=STAGES):
+        S = walk_chunk(
+          n, S, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,
+          base_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
+          True, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, EVEN, PRECISION,
+        )  # fmt: skip
+      post(flag, last)
+    store_last(base_out_ptr, S, pair, first_value, chunks, K, V, BLOCK_K, BLOCK_V, EVEN)
+  else:
+    R = load_first(
+      residual_ptr, residual_states_ptr, pair, spans, first_value, K, V, BLOCK_K, BLOCK_V, SAVE,
+      EVEN, dtype,
+    )  # fmt: skip
+    for first in tl.range(0, chunks, BLOCK):
+      last = tl.minimum(first + BLOCK, chunks)
+      wait(flag, last)
+      for n in tl.range(first, last, num_stages=STAGES):
+        R = walk_chunk(
+          n, R, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr,
+          residual_states_ptr, residual_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
+          False, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, EVEN, PRECISION,
+        )  # fmt: skip
+    store_last(residual_out_ptr, R, pair, first_value, chunks, K, V, BLOCK_K, BLOCK_V, EVEN)
