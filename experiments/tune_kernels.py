@@ -53,7 +53,7 @@ MEMORY = flags.DEFINE_float(
   'takes more, as much as that',
 )  # fmt: skip
 PARTS = LIST(
-  'parts', ['keys', 'queries', 'forward', 'sweep', 'prepare', 'split', 'pieces'],
+  'parts', ['keys', 'queries', 'forward', 'paired', 'sweep', 'prepare', 'split', 'pieces'],
   f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
 )  # fmt: skip
 THOROUGH = flags.DEFINE_bool('thorough', False, 'try every launch, not the promising ones alone')
@@ -171,6 +171,8 @@ def tune(problem: Problem, log: Log, end: float, save) -> None:
   )  # fmt: skip
   key = blocks.tuned_key(**sizes)
   for part in PARTS.value:
+    if part == 'paired' and not (problem.is_delta and problem.has_residual):
+      continue  # others have no kernel for it
     if time.monotonic() > end:
       tqdm.write(f'{key}: {part} is left for another run: out of time')
       return

@@ -19,7 +19,9 @@ import triton
 from rla_jax.kernels.residual import gpu
 from rla_jax.kernels.residual.gpu import blocks, call
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
+from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME
 from rla_jax.kernels.residual.gpu.keys import keys_kernel
+from rla_jax.kernels.residual.gpu.pair import pair_kernel
 from rla_jax.kernels.residual.gpu.parts import COMBINE
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
 from rla_jax.kernels.residual.gpu.queries import queries_kernel
@@ -61,6 +63,7 @@ class Case:
   chunk_size: int | None = None
   pieces: int = 1
   split: int | None = None
+  paired: bool = False
 
 
 CASES = {
@@ -97,6 +100,16 @@ CASES = {
   'split, segments, resets': Case(T=129, segments=True, resets=True, split=5),
   'split, additive, segments, resets': Case(
     update='additive', T=129, segments=True, resets=True, split=5
+  ),
+  'paired, segments, resets': Case(B=2, T=150, segments=True, resets=True, pieces=2, paired=True),
+  'paired, no clip, bfloat16, grouped heads, odd sizes': Case(
+    dtype='bfloat16', clip=None, G=2, H=4, K=20, V=24, T=63, paired=True
+  ),
+  'paired, bfloat16, tight clip, keys alike': Case(
+    dtype='bfloat16', clip=0.25, K=32, V=40, T=330, common=0.9, paired=True
+  ),
+  'paired, float16, extreme gates': Case(
+    dtype='float16', K=32, V=32, T=100, extreme=True, paired=True
   ),
 }
 SLOW_CASES = {
@@ -179,7 +192,9 @@ def test_values_and_gradients(name, monkeypatch):
   monkeypatch.setattr(call, 'attend', spy)
   monkeypatch.setattr(
     blocks, 'heuristic',
-    lambda **k: dataclasses.replace(plain(**k), pieces=case.pieces, split=case.split),
+    lambda **k: dataclasses.replace(
+      plain(**k), pieces=case.pieces, split=case.split, paired=case.paired
+    ),
   )  # fmt: skip
   dtypes = [case.dtype] * 3 + ['float32'] * 5
   args = [
@@ -262,15 +277,15 @@ def test_refuses_a_chunk_size_it_lacks():
     )
 
 
-# --- compilation: K = V = 128, bfloat16, the heuristic's choice for 256 heads of 2048 tokens, or
-# for 64 of 8192, where RDN's walk takes half the tile ---
+# --- compilation: K = V = 128, bfloat16, the heuristic's choice for 256 heads of 2048 tokens, that
+# of `pair` for 64 of 8192 ---
 
 KERNELS = {
   'prepare': prepare_kernel,
   'forward': forward_kernel,
   'forward, saving': forward_kernel,
-  'forward, few heads': forward_kernel,
-  'forward, saving, few heads': forward_kernel,
+  'pair': pair_kernel,
+  'pair, saving': pair_kernel,
   'sweep': sweep_kernel,
   'sweep, residual': sweep_kernel,
   'queries': queries_kernel,
@@ -291,14 +306,15 @@ SCALARS = ('T', 'chunks', 'first_chunk')
 def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness.Compiled:
   """The compiler's report of a kernel in the default configuration."""
   kernel = KERNELS[name]
-  heads, length = (64, 8192) if 'few heads' in name else (256, 2048)
+  word = name.split(',')[0]
+  heads, length = (64, 8192) if word == 'pair' else (256, 2048)
   chosen = blocks.heuristic(
     delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=heads,
     length=length, hopper=capability >= 90,
   )  # fmt: skip
-  word = name.split(',')[0]
+  assert chosen.paired == (word == 'pair')
   split_launches = {'transitions': chosen.sweep, 'combine': COMBINE}
-  launch = split_launches.get(word) or getattr(chosen, word)
+  launch = (split_launches | {'pair': chosen.forward}).get(word) or getattr(chosen, word)
   constexprs = {
     'H': 16, 'G': 16, 'K': 128, 'V': 128, 'BLOCK_K': 128, 'BLOCK_V': launch.value,
     'C': chosen.chunk * (chosen.span if name in ('queries', 'keys') else 1), 'SPAN': chosen.span,
@@ -306,12 +322,11 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in name, 'EVEN': True,
     'OUTPUT': True, 'STORE': True, 'BITS_LAST': chosen.bits_last, 'APART': launch.warps > 4,
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
-    'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual), 'SCORES': 0,
-    'INVERSE': 1, 'QUERY_READ': 0, 'KEY_READ': 0, 'OUT': 2, 'UNDO': 3,
-    'PREDICTION': 2 + delta if residual and name == 'sweep' else None,
-    'PREDICTED': name == 'sweep, residual',
+    'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual),
+    'IS_RESIDUAL': name == 'sweep, residual', 'BLOCK': HANDED_AT_A_TIME,
   }  # fmt: skip
-  kinds = {'segments_ptr': '*i32', 'passes_ptr': '*i32'}
+  kinds = dict.fromkeys(('segments_ptr', 'passes_ptr', 'zeros_ptr', 'flags_ptr'), '*i32')
+  kinds['residuals_ptr'] = '*fp16'
   kinds |= dict.fromkeys(FLOAT32, '*fp32') | dict.fromkeys(SCALARS, 'i32')
   if word == 'combine':
     kinds['states_ptr'] = '*fp32'
@@ -344,11 +359,12 @@ BUILDS = [
   *itertools.product((80,), ('keys',), RULES),
   *itertools.product((80, 90), ('sweep, residual',), ('delta residual', 'additive residual')),
   *itertools.product((90,), ('transitions', 'combine'), ('delta residual',)),
-  (90, 'forward, few heads', 'delta residual'),
-  (90, 'forward, saving, few heads', 'delta residual'),
+  (90, 'pair', 'delta residual'),
   (90, 'keys', 'additive'),
 ]
-TIGHT = [(90, 'keys', 'additive residual'), (90, 'keys', 'delta')]
+TIGHT = [
+  (90, 'keys', 'additive residual'), (90, 'keys', 'delta'), (90, 'pair, saving', 'delta residual')
+]
 SPILLING = [(90, 'keys', 'delta residual')]
 
 
@@ -358,8 +374,7 @@ def test_fits_the_card(capability, name, rule):
   report = compiled(name, capability, *RULES[rule])
   assert report.shared_bytes <= SHARED_LIMIT[capability]
   if capability == 90 and name not in ('prepare', 'combine'):
-    # Half a tile is too narrow for them, and yet faster: it was measured.
-    assert report.uses_wgmma == ('few heads' not in name)
+    assert report.uses_wgmma
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,6 @@ from rla_jax.kernels.residual.gpu.partition import over_batch_and_heads
 from rla_jax.kernels.residual.gpu.parts import Parts
 from rla_jax.kernels.residual.gpu.queries import queries_kernel
 from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
-from rla_jax.kernels.residual.gpu.tiles import (
-  BASE_IN,
-  BASE_OUT,
-  BASE_UNDO,
-  RESIDUAL_IN,
-  RESIDUAL_OUT,
-  RESIDUAL_READ,
-  RESIDUAL_UNDO,
-)
 
 
 @functools.cache
@@ -73,71 +64,50 @@ def _sum_heads(dx_BTHK, x_BTGK):
 
 def _sweeps(call, do, saved, dbase, dresidual, first, spans):
   """Gradients of both states after every span, of what was written, and of the prediction."""
-  delta, residual = call.config.delta, call.config.residual
+  residual = call.config.residual
   split = call.split(spans, call.config.blocks.sweep)
   prepared = (saved.matrices, saved.gates)
   parts = Parts(call, prepared, first, spans, split, adjoint=True) if split > 1 else None
 
-  def sweep(dprediction, dstate, *places):
-    predicted = residual and dprediction is None  # the residual state, to which the base one leads
-    walk = functools.partial(
-      _sweep, call, do, saved, first, spans, split, dprediction, predicted
-    )
+  def sweep(dstate, dprediction, *, is_residual):
+    walk = functools.partial(_sweep, call, do, saved, first, spans, split, dprediction, is_residual)
     if parts is None:
-      return walk(dstate, *places, store=True)
+      return walk(dstate, store=True)
     edge = parts.at_edge(dstate)
-    *_, ends = walk(edge, *places, store=False)
-    *found, dstate = walk(parts.combine(edge, ends, int(predicted)), *places, store=True)
+    *_, ends = walk(edge, store=False)
+    *found, dstate = walk(parts.combine(edge, ends, int(is_residual)), store=True)
     return *found, dstate[:, :, 0]
 
-  # Places of scores, inverse and prediction as `matrices` orders them, then rows of the gates.
   residual_dstates = dz = dprediction = None
   if residual:
-    residual_dstates, dz, dprediction, dresidual = sweep(
-      None, dresidual, 1 + delta, 4, None,
-      RESIDUAL_READ.value, RESIDUAL_IN.value, RESIDUAL_OUT.value, RESIDUAL_UNDO.value,
-    )  # fmt: skip
-  dstates, dy, _, dbase = sweep(
-    dprediction, dbase, 0, 1, 2 + delta,
-    BASE_IN.value, BASE_IN.value, BASE_OUT.value, BASE_UNDO.value,
-  )  # fmt: skip
+    residual_dstates, dz, dprediction, dresidual = sweep(dresidual, None, is_residual=True)
+  dstates, dy, _, dbase = sweep(dbase, dprediction, is_residual=False)
   return (dstates, residual_dstates), (dy, dz, dprediction), dbase, dresidual
 
 
-def _sweep(
-  call, do, saved, first, spans, split, dprediction, predicted,
-  dstate, scores, inverse, prediction, query_read, key_read, out, undo, *, store,
-):  # fmt: skip
+def _sweep(call, do, saved, first, spans, split, dprediction, is_residual, dstate, *, store):
   config, block = call.config, call.config.blocks.sweep
-  C, span = config.blocks.chunk, config.blocks.span
-  states = (call.B, call.H, spans, call.V, call.K)
-  dwritten = (call.B, spans * span * C, call.H, call.V)
+  nothing = array((1,), do.dtype)
+  states = array((call.B, call.H, spans, call.V, call.K), do.dtype)
+  dwritten = array((call.B, spans * call.tokens, call.H, call.V), do.dtype)
   return call.launch(
     sweep_kernel,
     *(call.q, call.k, do, saved.matrices, saved.gates),
     # Any array stands in for one that is not there.
     *(do if x is None else x for x in (dprediction, saved.passes)),
-    *(dstate, call.T, first * span, spans * span),
+    *(dstate, call.T, first * config.blocks.span, spans * config.blocks.span),
     out_shape=(
-      array(states if store else (1,), do.dtype),
-      array(dwritten if store else (1,), do.dtype),
-      array(dwritten if store and predicted else (1,), do.dtype),
+      states if store else nothing,
+      dwritten if store else nothing,
+      dwritten if store and is_residual else nothing,
       array(dstate.shape, jnp.float32),
     ),
     programs=call.walk(block, split),
     block=block,
-    C=C,
+    C=config.blocks.chunk,
     SPLIT=split,
     STORE=store,
-    MATRICES=saved.matrices.shape[3],
-    SCORES=scores,
-    INVERSE=inverse,
-    PREDICTION=None if dprediction is None else prediction,
-    PREDICTED=predicted,
-    QUERY_READ=query_read,
-    KEY_READ=key_read,
-    OUT=out,
-    UNDO=undo,
+    IS_RESIDUAL=is_residual,
   )
 
 

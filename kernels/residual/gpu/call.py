@@ -30,8 +30,6 @@ from rla_jax.kernels.residual.gpu.parts import Parts
 OUTPUT_NAME = 'residual_attention_output'
 SAVED_NAME = 'residual_attention_saved'
 
-HANDED_AT_A_TIME = 8  # chunks, from a program of the base state to one of the residual state
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(config: Config, q, k, v, log_decay, beta, gamma, base, residual, segments):
@@ -65,9 +63,9 @@ def _forward(config: Config, save: bool):
   def run(q, k, v, log_decay, beta, gamma, base, residual, segments):
     call = Call(config, q, k, v, log_decay, beta, gamma, segments)
     prepared = call.prepare()
-    if config.blocks.paired:
-      return _walk_pair(call, prepared, base, residual, save)
     split = call.split(call.spans, config.blocks.forward)
+    if config.blocks.paired and split == 1:
+      return _walk_pair(call, prepared, base, residual, save)
     walk = functools.partial(_walk, call, prepared, split)
     if split > 1:
       parts = Parts(call, prepared, 0, call.spans, split, adjoint=False)
@@ -134,7 +132,7 @@ def _walk_pair(call, prepared, base, residual, save):
   squares, gates = prepared
   C, chunks = config.blocks.chunk, call.spans * config.blocks.span
   keep_passes = save and config.clip is not None
-  walks, nothing = call.walk(block), (1,)
+  nothing = (1,)
   states = array((call.B, call.H, call.spans, call.V, call.K) if save else nothing, v.dtype)
   error = array(v.shape if save else nothing, v.dtype)
   state = array(base.shape, jnp.float32)
@@ -142,7 +140,7 @@ def _walk_pair(call, prepared, base, residual, save):
   handed = (call.B, call.H, chunks, call.V, C)
   # Residuals within a bound are as exact in float16 as they need to be, with half the bytes.
   is_narrow = config.clip is not None and v.dtype != jnp.float32
-  flags = jnp.zeros(1 + walks, jnp.int32)
+  flags = call.flags(block)
   o, base, residual, *saved, _, _, _ = call.launch(
     pair_kernel,
     *(call.q, call.k, v, squares, gates, base, residual, flags, call.T, chunks),
@@ -154,10 +152,9 @@ def _walk_pair(call, prepared, base, residual, save):
       array(flags.shape, flags.dtype),
     ),
     aliases={7: 10},
-    programs=2 * walks,
+    programs=2 * call.walk(block),
     block=block,
     C=C,
-    BLOCK=HANDED_AT_A_TIME,
     SAVE=save,
   )
   if not keep_passes:

@@ -8,7 +8,7 @@ import itertools
 
 from rla_jax.kernels.residual.gpu.blocks import Blocks, Kernel
 
-PARTS = ('chunk', 'forward', 'sweep', 'queries', 'keys', 'prepare', 'split', 'pieces')
+PARTS = ('chunk', 'forward', 'paired', 'sweep', 'queries', 'keys', 'prepare', 'split', 'pieces')
 # The shorter list: tiles with warps and stages that have been among the fastest of their kind.
 PROMISING = {
   'forward': ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 2, 3), (16, 1, 3)),
@@ -37,6 +37,8 @@ def candidates(
   if part == 'chunk':
     sizes = itertools.product((16, 32, 64), (1, 2, 4)) if thorough else ((32, 2), (64, 1))
     found = [change(current, chunk=c, span=s) for c, s in sizes if c * s <= 128]
+  elif part == 'paired':
+    found = [change(current, paired=not current.paired)]
   elif part == 'pieces':
     found = [change(current, pieces=p) for p in (1, 2, 4, 8, 16)]
   elif part == 'split':

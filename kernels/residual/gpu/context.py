@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS, Blocks, sequence_split
+from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME
 from rla_jax.kernels.residual.gpu.launch import launch
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
 from rla_jax.kernels.residual.gpu.tiles import GATES
@@ -39,6 +40,10 @@ class Config:
   clip: float | None
   blocks: Blocks
   interpret: bool
+
+  def __post_init__(self):
+    if self.blocks.paired and not (self.delta and self.residual):
+      raise ValueError('blocks.paired is True; only the residual delta rule has a kernel for pairs')
 
 
 def _block(size: int) -> int:
@@ -77,7 +82,7 @@ class Call:
       'BLOCK_V': block.value, 'DELTA': self.config.delta, 'RESIDUAL': self.config.residual,
       'CLIP': self.config.clip, 'SPAN': self.config.blocks.span, 'SEGMENTED': self.is_segmented,
       'EVEN': self._is_even(block.value), 'PRECISION': _precision(self.q.dtype),
-      'STAGES': block.stages, 'APART': block.warps > 4,
+      'STAGES': block.stages, 'APART': block.warps > 4, 'BLOCK': HANDED_AT_A_TIME,
     }  # fmt: skip
     names = {p.name for p in kernel.params if p.is_constexpr}
     known = {n: x for n, x in known.items() if n in names} | constexprs
@@ -96,6 +101,10 @@ class Call:
   def walk(self, block, split=1) -> int:
     """Programs of a kernel that walks the chunks of every head, or of parts of it."""
     return self.pairs * split * -(-self.V // block.value)
+
+  def flags(self, block):
+    """What programs that follow others in a launch begin with (`handover.take_turn`)."""
+    return jnp.zeros(1 + self.walk(block), jnp.int32)
 
   def split(self, spans, block) -> int:
     """Parts of a sequence of so many spans that are walked side by side; none is empty."""

@@ -18,10 +18,12 @@ from rla_jax.kernels.residual.gpu.tiles import (
   RESIDUAL_READ,
   fresh,
   load_tile,
+  load_transposed,
   part_chunks,
   store_bits,
   store_state,
   store_tile,
+  store_transposed,
 )
 
 ROWS = tl.constexpr(GATES)
@@ -121,7 +123,6 @@ def forward_kernel(
   a = tl.arange(0, BLOCK_K)
   first_value = (tl.program_id(0) % TILES) * BLOCK_V
   e = tl.arange(0, BLOCK_V)
-  state_offsets = a[None, :] * V + e[:, None]
   saved_offsets = e[:, None] * K + a[None, :]
   is_value = first_value + e < V
   identity = (i[:, None] == i[None, :]).to(v_ptr.dtype.element_ty)
@@ -133,11 +134,11 @@ def forward_kernel(
   span = pair * (chunks // SPAN) + first // SPAN
   saved = span * (K * V) + first_value * K + saved_offsets
 
-  S = load_tile(base_ptr + state + state_offsets, state_seen, EVEN)
+  S = load_transposed(base_ptr + state, V - first_value, K, V, BLOCK_K, BLOCK_V, EVEN)
   if SAVE:
     store_tile(states_ptr + saved, S.to(dtype), state_seen, EVEN)
   if RESIDUAL:
-    R = load_tile(residual_ptr + state + state_offsets, state_seen, EVEN)
+    R = load_transposed(residual_ptr + state, V - first_value, K, V, BLOCK_K, BLOCK_V, EVEN)
     if SAVE:
       store_tile(residual_states_ptr + saved, R.to(dtype), state_seen, EVEN)
 
@@ -251,9 +252,6 @@ def forward_kernel(
         if RESIDUAL:
           store_state(residual_states_ptr + place, R.to(dtype), V - first_value, n, K, EVEN)
 
-  # Offsets of their own: those of the loads would stay in registers throughout the loop.
-  state_offsets = state + fresh(a, chunks)[:, None] * V + e[None, :]
-  state_seen = (a < K)[:, None] & is_value[None, :]
-  store_tile(base_out_ptr + state_offsets, tl.trans(S), state_seen, EVEN)
+  store_transposed(base_out_ptr + state, S, V - first_value, chunks, K, V, EVEN)
   if RESIDUAL:
-    store_tile(residual_out_ptr + state_offsets, tl.trans(R), state_seen, EVEN)
+    store_transposed(residual_out_ptr + state, R, V - first_value, chunks, K, V, EVEN)

@@ -1,17 +1,30 @@
-"""How programs of one launch wait for each other's results, without a chance of waiting for ever."""
+"""How programs of one launch follow others of it, without a chance of waiting for ever."""
 
 import triton
 import triton.language as tl
 
+from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS
+
+GROUP = tl.constexpr(MULTIPROCESSORS)
+HANDED_AT_A_TIME = 8  # chunks: a loop of so many is pipelined, and begun anew after them
+
 
 @triton.jit
-def place_in_line(counter_ptr):
-  """Number of this program in the order in which programs start, from 0.
+def take_turn(flags_ptr):
+  """(whether this program follows another, the number of what both walk, address of its flag).
 
-  One that waits only for programs of lower numbers waits for programs that run or are done: the
-  order of a grid's programs is nowhere promised.
+  Half of the programs lead, and a GROUP of them starts before those that follow it: turns are taken
+  in the order in which programs start, as that of a grid is nowhere promised. So whom a program
+  waits for runs or is done. `flags` starts as zeros: a counter, then a flag for everyone who leads.
   """
-  return tl.atomic_add(counter_ptr, 1)
+  walks = tl.num_programs(0) // 2
+  turn = tl.atomic_add(flags_ptr, 1)
+  first = turn // (2 * GROUP) * GROUP
+  members = tl.minimum(GROUP, walks - first)
+  place = turn - 2 * first
+  follows = place >= members
+  walk = first + tl.where(follows, place - members, place)
+  return follows, walk, flags_ptr + 1 + walk
 
 
 @triton.jit

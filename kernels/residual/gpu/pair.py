@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from rla_jax.kernels.residual.gpu.forward import errors, written
-from rla_jax.kernels.residual.gpu.handover import place_in_line, post, wait
+from rla_jax.kernels.residual.gpu.handover import post, take_turn, wait
 from rla_jax.kernels.residual.gpu.tiles import (
   BASE_BEFORE,
   BASE_IN,
@@ -19,11 +19,12 @@ from rla_jax.kernels.residual.gpu.tiles import (
   RESIDUAL_IN,
   RESIDUAL_OUT,
   RESIDUAL_READ,
-  fresh,
   load_tile,
+  load_transposed,
   store_bits,
   store_state,
   store_tile,
+  store_transposed,
 )
 
 ROWS = tl.constexpr(GATES)
@@ -147,33 +148,13 @@ def walk_chunk(
 
 
 @triton.jit
-def load_first(
-  state_ptr, states_ptr, pair, spans, first_value, K: tl.constexpr, V: tl.constexpr,
-  BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr, dtype,
-):  # fmt: skip
-  """The state that a walk starts from, which is the first that it saves."""
-  a = tl.arange(0, BLOCK_K)
-  e = tl.arange(0, BLOCK_V)
-  seen = (a < K)[None, :] & (first_value + e < V)[:, None]
-  place = pair * (K * V) + first_value
-  state = load_tile(state_ptr + place + a[None, :] * V + e[:, None], seen, EVEN)
-  if SAVE:
-    saved = states_ptr + pair * spans * (K * V) + first_value * K
-    store_tile(saved + e[:, None] * K + a[None, :], state.to(dtype), seen, EVEN)
-  return state
-
-
-@triton.jit
-def store_last(
-  state_ptr, state, pair, first_value, chunks, K: tl.constexpr, V: tl.constexpr,
-  BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-  """The state that a walk ends with."""
-  a = fresh(tl.arange(0, BLOCK_K), chunks)
-  e = tl.arange(0, BLOCK_V)
-  seen = (a < K)[:, None] & (first_value + e < V)[None, :]
-  place = pair * (K * V) + first_value
-  store_tile(state_ptr + place + a[:, None] * V + e[None, :], tl.trans(state), seen, EVEN)
+def store_first(
+  states_ptr, state, pair, spans, first_value, K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr
+):
+  """The first of the states that a walk saves: what it starts from."""
+  low = state.to(states_ptr.dtype.element_ty)
+  place = pair * spans * (K * V) + first_value * K
+  store_state(states_ptr + place, low, V - first_value, spans, K, EVEN)
 
 
 @triton.jit
@@ -214,40 +195,21 @@ def pair_kernel(
   PRECISION: tl.constexpr,
   STAGES: tl.constexpr,
 ):
-  """Grid (2 * B * H * value tiles,). `flags` starts as zeros: a counter, then one a base program.
+  """Grid (2 * B * H * value tiles,); `flags` starts as zeros (`take_turn`).
 
   `residuals` (divided by the bound of the clip) and `base_o` are [B, H, chunks, V, C], of BLOCK
   chunks at a time.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-  dtype = q_ptr.dtype.element_ty
-  walks = tl.num_programs(0) // 2
-  program = place_in_line(flags_ptr)
-  is_base = program < walks
-  program %= walks
-  flag = flags_ptr + 1 + program
-  pair = (program // TILES).to(tl.int64)
-  first_value = program % TILES * BLOCK_V
-  spans = chunks // SPAN
-  if is_base:
-    S = load_first(
-      base_ptr, states_ptr, pair, spans, first_value, K, V, BLOCK_K, BLOCK_V, SAVE, EVEN, dtype
-    )
-    for first in tl.range(0, chunks, BLOCK):
-      last = tl.minimum(first + BLOCK, chunks)
-      for n in tl.range(first, last, num_stages=STAGES):
-        S = walk_chunk(
-          n, S, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,
-          base_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
-          True, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, EVEN, PRECISION,
-        )  # fmt: skip
-      post(flag, last)
-    store_last(base_out_ptr, S, pair, first_value, chunks, K, V, BLOCK_K, BLOCK_V, EVEN)
-  else:
-    R = load_first(
-      residual_ptr, residual_states_ptr, pair, spans, first_value, K, V, BLOCK_K, BLOCK_V, SAVE,
-      EVEN, dtype,
-    )  # fmt: skip
+  follows, walk, flag = take_turn(flags_ptr)
+  pair = (walk // TILES).to(tl.int64)
+  first_value = walk % TILES * BLOCK_V
+  values = V - first_value
+  state = pair * (K * V) + first_value
+  if follows:
+    R = load_transposed(residual_ptr + state, values, K, V, BLOCK_K, BLOCK_V, EVEN)
+    if SAVE:
+      store_first(residual_states_ptr, R, pair, chunks // SPAN, first_value, K, V, EVEN)
     for first in tl.range(0, chunks, BLOCK):
       last = tl.minimum(first + BLOCK, chunks)
       wait(flag, last)
@@ -257,4 +219,18 @@ def pair_kernel(
           residual_states_ptr, residual_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
           False, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, EVEN, PRECISION,
         )  # fmt: skip
-    store_last(residual_out_ptr, R, pair, first_value, chunks, K, V, BLOCK_K, BLOCK_V, EVEN)
+    store_transposed(residual_out_ptr + state, R, values, chunks, K, V, EVEN)
+  else:
+    S = load_transposed(base_ptr + state, values, K, V, BLOCK_K, BLOCK_V, EVEN)
+    if SAVE:
+      store_first(states_ptr, S, pair, chunks // SPAN, first_value, K, V, EVEN)
+    for first in tl.range(0, chunks, BLOCK):
+      last = tl.minimum(first + BLOCK, chunks)
+      for n in tl.range(first, last, num_stages=STAGES):
+        S = walk_chunk(
+          n, S, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,
+          base_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
+          True, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, EVEN, PRECISION,
+        )  # fmt: skip
+      post(flag, last)
+    store_transposed(base_out_ptr + state, S, values, chunks, K, V, EVEN)

@@ -13,13 +13,20 @@ import triton.language as tl
 from rla_jax.kernels.residual.gpu.tiles import (
   BASE_BEFORE,
   BASE_IN,
+  BASE_OUT,
+  BASE_UNDO,
   GATES,
-  fresh,
+  RESIDUAL_IN,
+  RESIDUAL_OUT,
+  RESIDUAL_READ,
+  RESIDUAL_UNDO,
   load_bits,
   load_tile,
+  load_transposed,
   part_chunks,
   store_state,
   store_tile,
+  store_transposed,
 )
 
 ROWS = tl.constexpr(GATES)
@@ -51,18 +58,11 @@ def sweep_kernel(
   SPLIT: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
-  MATRICES: tl.constexpr,
-  SCORES: tl.constexpr,
-  INVERSE: tl.constexpr,
-  PREDICTION: tl.constexpr,
-  QUERY_READ: tl.constexpr,
-  KEY_READ: tl.constexpr,
-  OUT: tl.constexpr,
-  UNDO: tl.constexpr,
-  PREDICTED: tl.constexpr,
-  DELTA: tl.constexpr,
-  CLIP: tl.constexpr,
+  IS_RESIDUAL: tl.constexpr,
   STORE: tl.constexpr,
+  DELTA: tl.constexpr,
+  RESIDUAL: tl.constexpr,
+  CLIP: tl.constexpr,
   STAGES: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
@@ -71,15 +71,24 @@ def sweep_kernel(
 
   Each of the SPLIT parts has a state's gradient of its own to start from and to end with. STORE
   keeps the state gradients after every SPAN-th chunk, and those of what was written; without it
-  only the last gradient is wanted, of all parts but the first. SCORES, INVERSE and PREDICTION say
-  which of the chunk's MATRICES is which; PREDICTION is None where no residual is made from this
-  state. QUERY_READ, KEY_READ, OUT and UNDO are rows of the gates. PREDICTED: this is the residual
-  state, whose sweep knows the gradient of the prediction, -gamma dz where the residual passes the
-  clip.
+  only the last gradient is wanted, of all parts but the first. The residual state's sweep stores
+  the gradient of the prediction, -gamma dz where the residual passes the clip; the base state's
+  reads it, if there are two.
   """
-  TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+  PREDICTS: tl.constexpr = RESIDUAL and not IS_RESIDUAL
+  # Which of the chunk's matrices is which, as `prepare` orders them, and rows of the gates.
+  MATRICES: tl.constexpr = 1 + DELTA + 2 * RESIDUAL + (DELTA and RESIDUAL)
+  SCORES: tl.constexpr = 1 + DELTA if IS_RESIDUAL else 0
+  INVERSE: tl.constexpr = 4 if IS_RESIDUAL else 1
+  PREDICTION: tl.constexpr = 2 + DELTA
+  QUERY_READ: tl.constexpr = RESIDUAL_READ if IS_RESIDUAL else BASE_IN
+  KEY_READ: tl.constexpr = RESIDUAL_IN if IS_RESIDUAL else BASE_IN
+  OUT: tl.constexpr = RESIDUAL_OUT if IS_RESIDUAL else BASE_OUT
+  UNDO: tl.constexpr = RESIDUAL_UNDO if IS_RESIDUAL else BASE_UNDO
   WORDS: tl.constexpr = (C + 31) // 32
+  TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   sequence = tl.program_id(0) // TILES
+  first_value = tl.program_id(0) % TILES * BLOCK_V
   first = 0
   last = chunks
   if SPLIT > 1:
@@ -87,24 +96,20 @@ def sweep_kernel(
     if not STORE:
       first = tl.where(sequence % SPLIT == 0, last, first)
   pair = (sequence // SPLIT).to(tl.int64)
-  sequence = sequence.to(tl.int64)
-  head = pair % H
-  row = pair // H * T
+  state = sequence.to(tl.int64) * (K * V) + first_value
+  dS = load_transposed(dstate_in_ptr + state, V - first_value, K, V, BLOCK_K, BLOCK_V, EVEN)
+  dtype = do_ptr.dtype.element_ty
+  square_dtype = matrices_ptr.dtype.element_ty
   i = tl.arange(0, C)
   a = tl.arange(0, BLOCK_K)
-  first_value = (tl.program_id(0) % TILES) * BLOCK_V
   e = tl.arange(0, BLOCK_V)
+  head = pair % H
+  row = pair // H * T
+  all_chunks = tl.cdiv(T, C * SPAN) * SPAN  # of the sequence, of which these are a piece
+  is_value = first_value + e < V
   key_offsets = i[:, None] * (G * K) + a[None, :]
   value_offsets = i[:, None] * (H * V) + e[None, :]
   square_offsets = i[:, None] * C + i[None, :]
-  state_offsets = a[None, :] * V + e[:, None]
-  is_value = first_value + e < V
-  state_seen = (a < K)[None, :] & is_value[:, None]
-  state = sequence * (K * V) + first_value
-  dS = load_tile(dstate_in_ptr + state + state_offsets, state_seen, EVEN)
-  dtype = do_ptr.dtype.element_ty
-  square_dtype = matrices_ptr.dtype.element_ty
-  all_chunks = tl.cdiv(T, C * SPAN) * SPAN  # of the sequence, of which these are a piece
 
   # Told its stages, the loop prefetches all loads, not only those of products.
   for step in tl.range(last - first, num_stages=STAGES):
@@ -127,10 +132,10 @@ def sweep_kernel(
       if n % SPAN == SPAN - 1:
         saved = dstates_ptr + (pair * (chunks // SPAN) + n // SPAN) * (K * V) + first_value * K
         store_state(saved, dS_low, V - first_value, n, K, EVEN)
-    if PREDICTED and STORE and CLIP is not None:
+    if IS_RESIDUAL and STORE and CLIP is not None:
       words = passes_ptr + chunk * (WORDS * V) + first_value
       passes = load_bits(words, e, is_value, V, C)
-    if PREDICTION is not None:
+    if PREDICTS:
       dp = tl.trans(load_tile(dprediction_ptr + piece_values + value_offsets, value_seen, EVEN))
     gated_dy = tl.dot(dS_low, tl.trans(k), input_precision=PRECISION)
     gated_dy *= tl.load(gates + OUT * C + i)[None, :]
@@ -139,7 +144,7 @@ def sweep_kernel(
       gated_dy = tl.dot(gated_dy.to(square_dtype), inverse, input_precision=PRECISION)
     scores = tl.load(square + SCORES * C * C)
     gated_dy = tl.dot(do.to(square_dtype), scores, gated_dy, input_precision=PRECISION)
-    if PREDICTION is not None:
+    if PREDICTS:
       prediction = tl.load(square + PREDICTION * C * C)
       gated_dy = tl.dot(dp.to(square_dtype), prediction, gated_dy, input_precision=PRECISION)
     if STORE:
@@ -150,22 +155,18 @@ def sweep_kernel(
     dS = tl.dot(read.to(dtype), q, dS, input_precision=PRECISION)
     if DELTA:
       dX = -tl.load(gates + KEY_READ * C + i)[None, :] * gated_dy
-      if PREDICTION is not None:
+      if PREDICTS:
         dX += tl.load(gates + BASE_BEFORE * C + i)[None, :] * dp.to(tl.float32)
       dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
-    elif PREDICTION is not None:
+    elif PREDICTS:
       dX = tl.load(gates + BASE_BEFORE * C + i)[None, :] * dp.to(tl.float32)
       dS = tl.dot(dX.to(dtype), k, dS, input_precision=PRECISION)
     # Behind what the next chunk waits for.
-    if PREDICTED and STORE:
+    if IS_RESIDUAL and STORE:
       dp = -gated_dy
       if CLIP is not None:
         dp = tl.where(passes != 0, dp, 0.0)
-      store_tile(
-        dprediction_out_ptr + piece_values + value_offsets, tl.trans(dp.to(dtype)), value_seen, EVEN
-      )
+      dp = tl.trans(dp.to(dtype))
+      store_tile(dprediction_out_ptr + piece_values + value_offsets, dp, value_seen, EVEN)
 
-  # Offsets of their own: those of the loads would stay in registers throughout the loop.
-  state_offsets = fresh(a, chunks)[:, None] * V + e[None, :]
-  state_seen = (a < K)[:, None] & is_value[None, :]
-  store_tile(dstate_ptr + state + state_offsets, tl.trans(dS), state_seen, EVEN)
+  store_transposed(dstate_ptr + state, dS, V - first_value, chunks, K, V, EVEN)

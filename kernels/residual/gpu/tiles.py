@@ -66,6 +66,29 @@ def load_columns(
 
 
 @triton.jit
+def load_transposed(
+  pointer, values, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+  EVEN: tl.constexpr,
+):  # fmt: skip
+  """A state as it comes into a call, [K, V], as [values, keys]; zero beyond K and `values`."""
+  a = tl.arange(0, BLOCK_K)
+  e = tl.arange(0, BLOCK_V)
+  seen = (a < K)[None, :] & (e < values)[:, None]
+  return load_tile(pointer + a[None, :] * V + e[:, None], seen, EVEN)
+
+
+@triton.jit
+def store_transposed(
+  pointer, state, values, number, K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr
+):
+  """Stores such a state behind a loop of `number` chunks, whose loads keep their offsets."""
+  a = fresh(tl.arange(0, state.shape[1]), number)
+  e = tl.arange(0, state.shape[0])
+  seen = (a < K)[:, None] & (e < values)[None, :]
+  store_tile(pointer + a[:, None] * V + e[None, :], tl.trans(state), seen, EVEN)
+
+
+@triton.jit
 def load_state(pointer, values, keys, K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr):
   """Rows `values` of a state as it is stored, [V, K]; zero beyond V and K."""
   return load_columns(pointer, values * K, keys, 0, values < V, K, EVEN)
