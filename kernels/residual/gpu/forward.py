@@ -41,17 +41,17 @@ def written(write, k, state, DELTA: tl.constexpr, dtype: tl.constexpr, PRECISION
 
 
 @triton.jit
-def errors(exact, pointers, TWICE: tl.constexpr, PRECISION: tl.constexpr):
-  """y and y inverse^T; TWICE: of twice the digits of y, as what is written of like keys cancels."""
+def errors(exact, pointers, PRECISION: tl.constexpr):
+  """y and what its dtype leaves of it, and both times inverse^T: errors of like keys cancel."""
   dtype = pointers.dtype.element_ty
   y = exact.to(dtype)
-  # Here, before the product, or registers spill.
   rest = (exact - y.to(tl.float32)).to(dtype)
   inverse = tl.trans(tl.load(pointers))
-  F = tl.dot(y, inverse, input_precision=PRECISION)
-  if TWICE and y.dtype != tl.float32:
-    F = tl.dot(rest, inverse, F, input_precision=PRECISION)
-  return y, F
+  if dtype == tl.float32:
+    return y, rest, tl.dot(y, inverse, input_precision=PRECISION)
+  else:
+    F = tl.dot(rest, inverse, input_precision=PRECISION)
+    return y, rest, tl.dot(y, inverse, F, input_precision=PRECISION)
 
 
 @triton.jit
@@ -100,9 +100,6 @@ def forward_kernel(
   clip's bits at the end of a chunk if BITS_LAST. Without OUTPUT only final states are wanted, of
   all parts but the last.
   """
-  # The pipeline prefetches what products take, which v is not with the delta rule: so it comes
-  # through a product with the identity, unless registers are short.
-  PREFETCH_V: tl.constexpr = DELTA and (not RESIDUAL or BLOCK_V < 64)
   # The compiler keeps to an order of products and stores; these are the fastest that were found.
   WIDE: tl.constexpr = DELTA and RESIDUAL and BLOCK_V >= 64
   READ_LATE: tl.constexpr = DELTA and RESIDUAL and not WIDE
@@ -164,25 +161,29 @@ def forward_kernel(
     value_seen = is_token & is_value[None, :]
     k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
     q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
-    if PREFETCH_V:
+    if DELTA:
+      # The pipeline prefetches what products take: so v comes through one with the identity.
       token_seen = (start + i < T)[None, :] & is_value[:, None]
       transposed = t[None, :] * (H * V) + e[:, None]
       v = load_tile(v_ptr + values + transposed, token_seen, EVEN)
-      v = tl.dot(v, identity, input_precision=PRECISION)
+      if not WIDE:
+        v = tl.dot(v, identity, input_precision=PRECISION)
     else:
       v = tl.trans(load_tile(v_ptr + values + value_offsets, value_seen, EVEN)).to(tl.float32)
     square = matrices_ptr + chunk * (MATRICES * C * C) + square_offsets
     gates = gates_ptr + chunk * (ROWS * C)
-    decay_all = tl.load(gates + BASE_IN * C + C - 1)
-
     S_low = S.to(dtype)
     decay_in = tl.load(gates + BASE_IN * C + i)[None, :]
     if DELTA:
       if not READ_LATE:
         o = decay_in * tl.dot(S_low, tl.trans(q), input_precision=PRECISION)
       X = tl.dot(S_low, tl.trans(k), input_precision=PRECISION)
-      # Two states of heads above 64 leave no registers for the second half of the digits of both.
-      y, F = errors(v - decay_in * X, square + C * C, not RESIDUAL or BLOCK_K <= 64, PRECISION)
+      if WIDE:  # not before, or registers spill
+        v = tl.dot(v, identity, input_precision=PRECISION)
+      exact = v - decay_in * X
+      if RESIDUAL:  # here, or more is in registers while the errors are found
+        faded = (decay_in - tl.load(gates + BASE_BEFORE * C + i)[None, :]) * X
+      y, rest, F = errors(exact, square + C * C, PRECISION)
       if SAVE and WIDE:
         store_tile(base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
       if READ_LATE:
@@ -195,10 +196,13 @@ def forward_kernel(
       y = v.to(square_dtype)
       F = v
     if RESIDUAL:
-      decay_before = tl.load(gates + BASE_BEFORE * C + i)[None, :]
       residual_square = square + (1 + DELTA) * C * C
+      if DELTA:  # v has left its registers to the errors
+        r = faded + (y.to(tl.float32) + rest.to(tl.float32))
+      else:
+        r = v - tl.load(gates + BASE_BEFORE * C + i)[None, :] * X
       prediction = tl.trans(tl.load(residual_square + C * C))
-      r = v - decay_before * X - tl.dot(y, prediction, input_precision=PRECISION)
+      r -= tl.dot(y, prediction, input_precision=PRECISION)
       if CLIP is not None:
         if SAVE:
           passes = tl.where(tl.abs(r) < CLIP, 1.0, 0.0).to(dtype)
@@ -206,6 +210,7 @@ def forward_kernel(
     if not WRITE_FIRST:
       o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
     write = tl.load(gates + BASE_OUT * C + i)[None, :] * F
+    decay_all = tl.load(gates + BASE_IN * C + C - 1)
     S = written(write, k, decay_all * S, DELTA, dtype, PRECISION)
     if SAVE and DELTA and not WIDE:
       store_tile(base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
@@ -220,7 +225,7 @@ def forward_kernel(
       if DELTA:
         Y = tl.dot(R_low, tl.trans(k), input_precision=PRECISION)
         exact = r - tl.load(gates + RESIDUAL_IN * C + i)[None, :] * Y
-        y, F = errors(exact, residual_square + 2 * C * C, True, PRECISION)
+        y, rest, F = errors(exact, residual_square + 2 * C * C, PRECISION)
       else:
         y = r.to(square_dtype)
         F = r
@@ -242,7 +247,7 @@ def forward_kernel(
       store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
     # At the end, where little else is in registers.
     if SAVE and RESIDUAL and CLIP is not None and BITS_LAST:
-      words = passes_ptr + chunk * (WORDS * V) + first_value
+      words = passes_ptr + chunk * (WORDS * V) + program % TILES * BLOCK_V
       store_bits(words, fresh(e, start) if WIDE else e, is_value, passes, V, C)
     if SAVE:
       if (n + 1) % SPAN == 0 and n + 1 < last:

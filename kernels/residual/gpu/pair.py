@@ -115,7 +115,7 @@ def walk_chunk(
   o *= tl.load(gates + READ * C + i)[None, :]
   X = tl.dot(low, tl.trans(k), input_precision=PRECISION)
   inverse = square + (1 if IS_BASE else 2) * C * C
-  y, F = errors(v - tl.load(gates + IN * C + i)[None, :] * X, inverse, True, PRECISION)
+  y, _, F = errors(v - tl.load(gates + IN * C + i)[None, :] * X, inverse, PRECISION)
   if IS_BASE:
     prediction = tl.trans(tl.load(square + 3 * C * C))
     r = v - tl.load(gates + BASE_BEFORE * C + i)[None, :] * X
