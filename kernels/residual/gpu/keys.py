@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from rla_jax.kernels.residual.gpu.tiles import (
+  RESET,
   chunk_decays,
   decay_between,
   decay_in,
@@ -128,7 +129,6 @@ def keys_kernel(
   q_ptr += keys
   k_ptr += keys
   key_seen = is_token[:, None] & (a < K)[None, :]
-  key_offsets = i[:, None] * (G * K) + a[None, :]
   decays = load_decays(log_decay_ptr, segments_ptr, batch, head, start, T, i, H, SEGMENTED)
   beta = tl.load(beta_ptr + gates + i * H, mask=is_token, other=0.0)
   if RESIDUAL:
@@ -170,6 +170,7 @@ def keys_kernel(
         residual_error_ptr + values, value_rows, e, tile * BLOCK_V, is_token, V, EVEN
       )
       dz_F = tl.dot(dz, tl.trans(F), dz_F, input_precision=PRECISION)
+  key_offsets = fresh(i, T)[:, None] * (G * K) + a[None, :]
   out_gates = gates + fresh(i, T) * H
   dG = load_tile(dlog_decay_before_ptr + out_gates, is_token, EVEN)
   is_diagonal = i[:, None] == i[None, :]
@@ -208,7 +209,9 @@ def keys_kernel(
   # What the keys saw of the states as readers (dX, dY), then as writers (U, W).
   dk = tl.zeros([C, BLOCK_K], tl.float32)
   k = load_tile(k_ptr + key_offsets, key_seen, EVEN)
+  # Both before the loops, which then hold no cumulative decays.
   from_start = decay_in(cumulative, era)
+  to_end = decay_out(cumulative, era, C)
   if RESIDUAL:
     decay_before = decay_in(before, era_before)
     for tile in tl.range(tiles, num_stages=STAGES):
@@ -230,7 +233,6 @@ def keys_kernel(
   if DELTA or RESIDUAL:
     reads = tl.sum(k.to(tl.float32) * dk, 1)
     dG += reads
-  to_end = decay_out(cumulative, era, C)
   # Found anew: held since the start they would take registers from the loops before.
   gates, values, written, state, dstate = offsets(T, first_chunk, chunks, T, H, K, V, C)
   carried = tl.zeros([NARROW, BLOCK_K], tl.float32)
@@ -262,6 +264,9 @@ def keys_kernel(
   closing = tl.sum(writes, 0) + decay_all * tl.sum(tl.sum(carried, 1), 0)
   dG += tl.where(i == C - 1, closing, 0.0) - writes
   q = load_tile(q_ptr + (fresh(i, chunks)[:, None] * (G * K) + a[None, :]), key_seen, EVEN)
+  # Read again: kept from above it would take a register from the loops.
+  out_gates = gates + fresh(i, first_chunk) * H
+  is_reset = load_tile(log_decay_ptr + out_gates, is_token, EVEN) < RESET
   square = dstate // (K * V) * (C * C) + i[:, None] * C + i[None, :]
   dscores = tl.load(dscores_ptr + square)
   # These products come out as [K, C]: the transpose of a product of registers must not enter
@@ -286,5 +291,4 @@ def keys_kernel(
     after = tl.sum(dG + dGx, 0) - tl.cumsum(dG + dGx, 0)
   else:
     after = tl.sum(dG, 0) - tl.cumsum(dG, 0)
-  out_gates = gates + fresh(i, first_chunk) * H
   store_tile(dlog_decay_ptr + out_gates, tl.where(is_reset, 0.0, after + dG), is_token, EVEN)
