@@ -1,6 +1,7 @@
 """What is measured: a problem, the arithmetic and traffic that it cannot do without, its inputs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -110,16 +111,16 @@ def make_inputs(problem: Problem, seed: int, correlation: float = 0.0) -> dict[s
 
 def on_device(problem: Problem, seed: int) -> dict[str, jax.Array]:
   """The same distribution, drawn on the device: large inputs are slow to draw on the host."""
-  keys = jax.random.split(jax.random.key(seed), 6)
   shape = (problem.batch, problem.length, problem.heads, problem.size)
+  return _draw(jax.random.key(seed), shape, problem.dtype)
 
-  @jax.jit
-  def draw():
-    q, k, v = (jax.random.normal(key, shape, jnp.float32) for key in keys[:3])
-    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    beta, gamma = (jax.random.uniform(key, shape[:3]) for key in keys[3:5])
-    log_decay = jax.nn.log_sigmoid(jax.random.normal(keys[5], shape[:3]) + 4)
-    q, k, v = (x.astype(problem.dtype) for x in (q, k, v))
-    return {'q': q, 'k': k, 'v': v, 'log_decay': log_decay, 'beta': beta, 'gamma': gamma}
 
-  return draw()
+@functools.partial(jax.jit, static_argnums=(1, 2))  # compiled once for all problems of a size
+def _draw(key, shape, dtype):
+  keys = jax.random.split(key, 6)
+  q, k, v = (jax.random.normal(key, shape, jnp.float32) for key in keys[:3])
+  q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+  beta, gamma = (jax.random.uniform(key, shape[:3]) for key in keys[3:5])
+  log_decay = jax.nn.log_sigmoid(jax.random.normal(keys[5], shape[:3]) + 4)
+  q, k, v = (x.astype(dtype) for x in (q, k, v))
+  return {'q': q, 'k': k, 'v': v, 'log_decay': log_decay, 'beta': beta, 'gamma': gamma}

@@ -1,8 +1,9 @@
 """Triton kernels of the residual recurrence for NVIDIA GPUs, called through jax-triton.
 
-Five kernels: `prepare` and `forward`; `sweep`, `queries` and `keys` for the backward pass. Those of
-`split` let few heads walk parts of a sequence side by side; that of `step` decodes. Importing this
-package needs no Triton.
+Five kernels: `prepare` and `forward`; `sweep`, `queries` and `keys` for the backward pass. Where
+heads are few, `pair` takes the place of `forward`, with a program a state, and those of `split` let
+parts of a sequence be walked side by side. That of `step` decodes. Importing this package needs no
+Triton.
 """
 
 import jax.numpy as jnp
