@@ -18,9 +18,10 @@ Contenders: 'triton' and 'chunked' (this library), 'cudnn' (flash attention from
 of its one-state kernels). What cannot run is named with its reason. How time is taken is told in
 `ops_benchmark/timing.py` and, for PyTorch, `ops_benchmark/peers.py`.
 
-Writes accuracy.csv, speed.csv and figures to --out. Rows carry date, commit, hardware, versions and
-command, and are written as they come: what is stopped keeps them, and --resume measures the rest.
-Sizes, lengths and operations are measured in the order in which they are given.
+Writes accuracy.csv, speed.csv, with --profile kernels.csv, and figures to --out. Rows carry date,
+commit, hardware, versions and command, and are written as they come: what is stopped keeps them,
+and --resume measures the rest. Sizes, lengths and operations are measured in the order in which
+they are given.
 """
 
 import collections
@@ -73,7 +74,7 @@ RESUME = flags.DEFINE_bool(
   'resume', False, 'keep them, and measure nothing again that this commit has measured here'
 )
 COMMIT = flags.DEFINE_string('commit', None, 'commit to record where the folder is no git checkout')
-PROFILE = flags.DEFINE_bool('profile', False, 'also print the time of each device kernel')
+PROFILE = flags.DEFINE_bool('profile', False, 'also the time of each kernel of ours: kernels.csv')
 SEED = flags.DEFINE_integer('seed', None, 'of the inputs; fresh ones if not given')
 
 
@@ -215,8 +216,11 @@ def problems() -> list[Problem]:
   return chosen
 
 
-def time_ours(chosen: list[Problem], seed: int, file: Rows, record) -> None:
-  """Times what runs in JAX, in this process: compiles everything, several at a time, then times."""
+def time_ours(chosen: list[Problem], seed: int, file: Rows, record, profile: Rows | None) -> None:
+  """Times what runs in JAX, in this process: compiles everything, several at a time, then times.
+
+  What each kernel of a call takes goes to `profile`.
+  """
   cases = [(p, i) for p in chosen for i in contenders.implementations(p.operation)]
   cases = [(p, i) for p, i in cases if i in CONTENDERS.value]
   cases = [(p, i) for p, i in cases if not file.has(vars(p) | {'implementation': i})]
@@ -251,9 +255,10 @@ def time_ours(chosen: list[Problem], seed: int, file: Rows, record) -> None:
       'milliseconds': measured.seconds * 1e3, 'spread': measured.spread * 1e3, 'method': 'loop',
       'peak_bytes': measured.peak_bytes, 'compile_seconds': measured.compile_seconds,
     })  # fmt: skip
-    if PROFILE.value:
+    if profile is not None:
       for kernel, seconds in timing.kernels(programs, arguments).items():
-        tqdm.write(f'  {name}: {seconds * 1e3:.3f} ms {kernel[:90]}')
+        what = {**vars(problem), 'implementation': implementation, 'kernel': kernel[:90]}
+        profile.add(what | {'milliseconds': seconds * 1e3})
     del arguments
 
 
@@ -335,7 +340,9 @@ def measure_speed(chosen: list[Problem], seed: int, file: Rows) -> None:
     print_speed(row)
     file.add(row)
 
-  time_ours(chosen, seed, file, record)
+  identity = (*Problem.__dataclass_fields__, 'implementation', 'kernel')
+  profile = result_file('kernels', file.source, identity) if PROFILE.value else None
+  time_ours(chosen, seed, file, record, profile)
   if 'fla' in CONTENDERS.value:
     time_peers(chosen, file, record)
   figures.draw(file.current(), pathlib.Path(OUT.value), file.source['hardware'])

@@ -1,4 +1,4 @@
-"""The speed suite as the table of docs/gpu.md."""
+"""The speed suite as the tables of docs/gpu.md."""
 
 NAMES = {'rdn': 'RDN', 'rla': 'RLA', 'gdn': 'GDN', 'simple_gla': 'simple GLA', 'flash': 'softmax'}
 DIRECTIONS = ('forward', 'forward_backward')
@@ -41,4 +41,30 @@ def table(rows: list[dict], lengths: tuple[int, ...] = (2048, 8192, 32768), size
       if (operation, by, n, 'forward_backward') in found
     ]
     lines.append([NAMES[operation], by, *times, f'{max(memory):.2f}' if memory else '–'])
+  return _lines(lines)
+
+
+def kernel_table(rows: list[dict]) -> str:
+  """Markdown: milliseconds of each Triton kernel in a call of forward and backward.
+
+  Args:
+    rows: of kernels.csv.
+  """
+  columns = {
+    '`prepare`': ('prepare_kernel',), 'walk, saving': ('forward_kernel', 'pair_kernel'),
+    '`sweep`': ('sweep_kernel',), '`queries`': ('queries_kernel',), '`keys`': ('keys_kernel',),
+  }  # fmt: skip
+  times = {}
+  for r in rows:
+    if (r['direction'], r['implementation']) == ('forward_backward', 'triton'):
+      call = f'{NAMES[r["operation"]]}, {r["batch"]} x {r["length"]}'
+      times.setdefault(call, {})[r['kernel']] = float(r['milliseconds'])
+  lines = [['', *columns], ['---'] * (1 + len(columns))]
+  for call, found in times.items():
+    spent = (sum(found.get(kernel, 0) for kernel in kernels) for kernels in columns.values())
+    lines.append([call, *(f'{x:.2f}' if x else '' for x in spent)])
+  return _lines(lines)
+
+
+def _lines(lines):
   return '\n'.join('|' + '|'.join(f' {cell} ' for cell in line) + '|' for line in lines)

@@ -45,6 +45,12 @@ def test_the_page_has_the_table():
   assert markdown.table(speed()) in (ROOT / 'docs/gpu.md').read_text(encoding='utf-8')
 
 
+def test_the_page_has_the_times_of_the_kernels():
+  rows = results('kernels.csv')
+  assert markdown.kernel_table(rows) in (ROOT / 'docs/gpu.md').read_text(encoding='utf-8')
+  assert all(f'commit {row["commit"]}' in words('docs/gpu.md') for row in rows)
+
+
 def test_the_page_names_every_commit_of_the_table():
   """For the peers the commit beside which they ran."""
   assert all(f'commit {r["commit"]}' in words('docs/gpu.md') for r in in_the_table())
