@@ -4,11 +4,11 @@
     python experiments/tune_kernels.py --rules=delta_residual --lengths=2048 # one of them, minutes
     python experiments/tune_kernels.py --seconds=500                         # then again: goes on
 
-For every problem, one part of the record after the other is varied (the chunk, then each kernel's
-tile, warps and pipeline, then the parts and pieces of a sequence), starting from the heuristic, and
-the fastest forward with backward is kept. Values and gradients of a candidate are checked as in the
-self-test before it is chosen, so a configuration that this compiler gets wrong does not enter the
-table. Times are taken as in benchmark_ops.py.
+For every problem, one part of the record after the other is varied (each kernel's tile, warps and
+pipeline, whether programs walk in pairs, the parts and pieces of a sequence), starting from the
+heuristic, and the fastest forward with backward is kept. Values and gradients of a candidate are
+checked as in the self-test before it is chosen, so a configuration that this compiler gets wrong
+does not enter the table. Times are taken as in benchmark_ops.py.
 
 Writes kernels/residual/gpu/tuned/CARD.json, which the kernels read, after every part; other entries
 of the file stay. What was measured goes to a log beside it as it comes, CARD.jsonl, or to --log: a
@@ -53,7 +53,7 @@ MEMORY = flags.DEFINE_float(
   'takes more, as much as that',
 )  # fmt: skip
 PARTS = LIST(
-  'parts', ['keys', 'queries', 'forward', 'paired', 'sweep', 'prepare', 'split', 'pieces'],
+  'parts', ['keys', 'queries', 'forward', 'pair', 'sweep', 'prepare', 'split', 'pieces'],
   f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
 )  # fmt: skip
 THOROUGH = flags.DEFINE_bool('thorough', False, 'try every launch, not the promising ones alone')
@@ -165,14 +165,12 @@ def tune(problem: Problem, log: Log, end: float, save) -> None:
   state = jnp.zeros((problem.batch, problem.heads, problem.size, problem.size))
   inputs = tuple(arrays[n] for n in ('q', 'k', 'v', 'log_decay', 'beta'))
   inputs += (arrays['gamma'], state, state) if problem.has_residual else (None, state, None)
-  best = selftest.with_split(
+  best = selftest.settled(
     blocks.heuristic(**sizes, hopper=is_hopper()), delta=problem.is_delta,
     value_dim=problem.size, heads=problem.batch * problem.heads, length=problem.length,
   )  # fmt: skip
   key = blocks.tuned_key(**sizes)
   for part in PARTS.value:
-    if part == 'paired' and not (problem.is_delta and problem.has_residual):
-      continue  # others have no kernel for it
     if time.monotonic() > end:
       tqdm.write(f'{key}: {part} is left for another run: out of time')
       return

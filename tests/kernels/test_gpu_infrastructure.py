@@ -331,7 +331,7 @@ def test_few_programs_split_the_sequence(programs, spans, delta, parts):
 @pytest.mark.parametrize('thorough', [False, True])
 @pytest.mark.parametrize('part', candidates.PARTS)
 def test_candidates_differ_in_one_part(part, thorough):
-  current = harness.small_blocks()
+  current = dataclasses.replace(harness.small_blocks(), pair=blocks.Kernel(16, 1, 2))
   found = candidates.candidates(current, part, 64, thorough=thorough)
   assert found[0] == current and len(set(found)) == len(found) > 1
   for chosen in found[1:]:

@@ -15,11 +15,12 @@ import pytest
 pytest.importorskip('triton')
 
 import triton
+import triton.language as tl
 
 from rla_jax.kernels.residual import gpu
 from rla_jax.kernels.residual.gpu import blocks, call
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
-from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME
+from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME, take_turn
 from rla_jax.kernels.residual.gpu.keys import keys_kernel
 from rla_jax.kernels.residual.gpu.pair import pair_kernel
 from rla_jax.kernels.residual.gpu.parts import COMBINE
@@ -111,6 +112,7 @@ CASES = {
   'paired, float16, extreme gates': Case(
     dtype='float16', K=32, V=32, T=100, extreme=True, paired=True
   ),
+  'paired, bfloat16, far bound': Case(dtype='bfloat16', clip=1e6, K=32, V=40, T=100, paired=True),
 }
 SLOW_CASES = {
   'split, pieces, grouped heads, odd sizes': Case(G=1, H=2, K=20, V=40, T=150, pieces=2, split=3),
@@ -190,12 +192,13 @@ def test_values_and_gradients(name, monkeypatch):
     return attend(config, *args)
 
   monkeypatch.setattr(call, 'attend', spy)
-  monkeypatch.setattr(
-    blocks, 'heuristic',
-    lambda **k: dataclasses.replace(
-      plain(**k), pieces=case.pieces, split=case.split, paired=case.paired
-    ),
-  )  # fmt: skip
+
+  def heuristic(**sizes):
+    chosen = plain(**sizes)
+    pair = chosen.forward if case.paired else None
+    return dataclasses.replace(chosen, pieces=case.pieces, split=case.split, pair=pair)
+
+  monkeypatch.setattr(blocks, 'heuristic', heuristic)
   dtypes = [case.dtype] * 3 + ['float32'] * 5
   args = [
     None if x is None else jnp.asarray(x, dtype)
@@ -284,6 +287,7 @@ KERNELS = {
   'prepare': prepare_kernel,
   'forward': forward_kernel,
   'forward, saving': forward_kernel,
+  'forward, saving, split': forward_kernel,
   'pair': pair_kernel,
   'pair, saving': pair_kernel,
   'sweep': sweep_kernel,
@@ -297,8 +301,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 FLOAT32 = (
   'log_decay_ptr', 'beta_ptr', 'gamma_ptr', 'gates_ptr', 'base_ptr', 'residual_ptr',
   'base_out_ptr', 'residual_out_ptr', 'dstate_in_ptr', 'dstate_ptr', 'dlog_decay_ptr',
-  'dbeta_ptr', 'dgamma_ptr', 'dgamma_read_ptr', 'dcumulative_ptr', 'edge_ptr',
-  'ends_ptr', 'transitions_ptr',
+  'dbeta_ptr', 'dgamma_ptr', 'dlog_decay_before_ptr', 'dbeta_before_ptr', 'dgamma_before_ptr',
+  'edge_ptr', 'ends_ptr', 'transitions_ptr',
 )  # fmt: skip
 SCALARS = ('T', 'chunks', 'first_chunk')
 
@@ -312,18 +316,18 @@ def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness
     delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=heads,
     length=length, hopper=capability >= 90,
   )  # fmt: skip
-  assert chosen.paired == (word == 'pair')
   split_launches = {'transitions': chosen.sweep, 'combine': COMBINE}
-  launch = (split_launches | {'pair': chosen.forward}).get(word) or getattr(chosen, word)
+  launch = split_launches.get(word) or getattr(chosen, word)
   constexprs = {
     'H': 16, 'G': 16, 'K': 128, 'V': 128, 'BLOCK_K': 128, 'BLOCK_V': launch.value,
     'C': chosen.chunk * (chosen.span if name in ('queries', 'keys') else 1), 'SPAN': chosen.span,
-    'SPLIT': 8 if word in split_launches else 1, 'STATES': 1 + residual, 'STATE': 0,
+    'SPLIT': 8 if word in split_launches or 'split' in name else 1,
+    'STATES': 1 + residual, 'STATE': 0,
     'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in name, 'EVEN': True,
     'OUTPUT': True, 'STORE': True, 'BITS_LAST': chosen.bits_last, 'APART': launch.warps > 4,
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
     'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual),
-    'IS_RESIDUAL': name == 'sweep, residual', 'BLOCK': HANDED_AT_A_TIME,
+    'IS_RESIDUAL': name == 'sweep, residual', 'HANDED': HANDED_AT_A_TIME,
   }  # fmt: skip
   kinds = dict.fromkeys(('segments_ptr', 'passes_ptr', 'zeros_ptr', 'flags_ptr'), '*i32')
   kinds['residuals_ptr'] = '*fp16'
@@ -356,7 +360,9 @@ WALKS = ('forward', 'forward, saving', 'sweep')
 BUILDS = [
   *itertools.product((80, 90), ('prepare', *WALKS, 'queries', 'keys'), RULES),
   *itertools.product((80, 90), ('sweep, residual',), ('delta residual', 'additive residual')),
-  *itertools.product((90,), ('transitions', 'combine'), ('delta residual',)),
+  *itertools.product(
+    (90,), ('forward, saving, split', 'transitions', 'combine'), ('delta residual',)
+  ),
   *itertools.product((90,), ('pair', 'pair, saving'), ('delta residual',)),
 ]
 TIGHT = [(90, 'forward, saving', 'delta residual'), (90, 'pair, saving', 'delta residual')]
@@ -378,3 +384,53 @@ def test_fits_the_card(capability, name, rule):
 def test_no_register_spills(capability, name, rule):
   report = compiled(name, capability, *RULES[rule])
   assert report.spill_bytes == 0, report.log
+
+
+def test_pairs_hand_over_in_order():
+  """A release and an acquire, and no loads that may see what was in memory before."""
+  ptx = compiled('pair', 90, delta=True, residual=True).ptx
+  assert '.release.' in ptx and '.acquire.' in ptx
+  assert 'ld.global.nc' not in ptx
+
+
+@triton.jit
+def _turns_kernel(zeros_ptr, follows_ptr, walk_ptr, flags_ptr):
+  follows, walk, flag = take_turn(flags_ptr)
+  tl.store(follows_ptr + tl.program_id(0), follows.to(tl.int32))
+  tl.store(walk_ptr + tl.program_id(0), walk)
+  tl.store(flag, walk)
+
+
+@pytest.mark.parametrize('walks', [1, blocks.MULTIPROCESSORS - 1, 2 * blocks.MULTIPROCESSORS + 1])
+def test_everyone_who_follows_starts_behind_whom_it_follows(walks):
+  follows, walk, flags = harness.triton_call(
+    jnp.zeros(1 + walks, jnp.int32),
+    kernel=_turns_kernel,
+    out_shape=(*[jax.ShapeDtypeStruct((2 * walks,), jnp.int32)] * 2,
+               jax.ShapeDtypeStruct((1 + walks,), jnp.int32)),
+    grid=(2 * walks,),
+    input_output_aliases={0: 2},
+  )  # fmt: skip
+  starts = [np.flatnonzero(np.asarray(follows) == x) for x in (0, 1)]
+  order = [np.argsort(np.asarray(walk)[x]) for x in starts]
+  leads, following = (np.asarray(x)[o] for x, o in zip(starts, order, strict=True))
+  assert (np.sort(np.asarray(walk)[starts[0]]) == np.arange(walks)).all()
+  assert (np.sort(np.asarray(walk)[starts[1]]) == np.arange(walks)).all()
+  assert (leads < following).all()
+  assert (np.asarray(flags) == [2 * walks, *range(walks)]).all()
+
+
+def test_only_the_residual_delta_rule_has_pairs():
+  chosen = dataclasses.replace(harness.small_blocks(), pair=blocks.Kernel(16, 1, 2))
+  with pytest.raises(ValueError, match='only the residual delta rule'):
+    call.Config(delta=False, residual=True, clip=1.0, blocks=chosen, interpret=True)
+
+
+@pytest.mark.parametrize(
+  ('heads', 'split', 'expected'), [(64, 1, True), (66, 1, True), (67, 1, False), (64, 4, False)]
+)
+def test_pairs_walk_what_does_not_fill_the_card(heads, split, expected):
+  chosen = blocks.heuristic(
+    delta=True, residual=True, key_dim=128, value_dim=128, dtype='bfloat16', heads=1, length=8192
+  )
+  assert blocks.walks_in_pairs(chosen, value_dim=128, heads=heads, split=split) == expected

@@ -40,12 +40,15 @@ print(timing.peak_bytes(compiled) / (8 * problem.qkvo_bytes))
   not any(map(importlib.util.find_spec, ('jax_cuda13_plugin', 'jax_cuda12_plugin'))),
   reason='no compiler for GPUs: pip install rla-jax[cuda]',
 )
-@pytest.mark.parametrize(('operation', 'most'), [('rdn', 2.0), ('rla', 2.0), ('gdn', 1.6)])
-def test_forward_and_backward_need_little_more_than_their_tensors(operation, most):
-  """Peak over the bytes of q, k, v, o and their gradients, 16 sequences of 2048 tokens."""
+@pytest.mark.parametrize(
+  ('operation', 'batch', 'length', 'most'),
+  [('rdn', 16, 2048, 2.0), ('rdn', 4, 8192, 2.0), ('rla', 16, 2048, 2.0), ('gdn', 16, 2048, 1.6)],
+)
+def test_forward_and_backward_need_little_more_than_their_tensors(operation, batch, length, most):
+  """Peak over the bytes of q, k, v, o and their gradients, 32768 tokens."""
   path = os.pathsep.join([str(ROOT), str(ROOT / 'experiments')])
   done = subprocess.run(
-    [sys.executable, '-c', PROGRAM, operation, '16', '2048'],
+    [sys.executable, '-c', PROGRAM, operation, str(batch), str(length)],
     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path},
     capture_output=True,
     text=True,

@@ -10,6 +10,7 @@ pytest.importorskip('triton')
 
 from rla_jax.kernels.residual import judge
 from rla_jax.kernels.residual.gpu import blocks, call, candidates, selftest
+from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME
 from tests.kernels.triton_harness import small_blocks
 
 RULES = set(itertools.product((True, False), repeat=2))  # delta, residual
@@ -52,6 +53,10 @@ def test_self_test_covers_heuristic_and_table(monkeypatch):
   assert len(set(cases)) == len(cases)
   assert {(c.delta, c.residual) for c in cases} == RULES
   assert {(c.delta, c.residual) for c in cases if c.blocks.split} == RULES
+  pairs = [c for c in cases if c.blocks.pair]
+  assert {c.key_dim for c in pairs} == {64, 128}
+  for case in pairs:
+    assert min(selftest.lengths(case.blocks)) > 2 * HANDED_AT_A_TIME * case.blocks.chunk
   sizes = {'key_dim': 64, 'value_dim': 32, 'dtype': 'float16'}
   key = blocks.tuned_key(delta=True, residual=False, heads=300, length=5000, **sizes)
   table = {key: dataclasses.asdict(small_blocks())}
@@ -67,3 +72,5 @@ def test_self_test_covers_candidates():
     for launch_ in candidates.PROMISING[part]:
       tried = [c for c in cases if dataclasses.astuple(getattr(c.blocks, part)) == launch_]
       assert {(c.delta, c.residual) for c in tried} == RULES
+  pairs = {dataclasses.astuple(c.blocks.pair) for c in cases if c.blocks.pair}
+  assert pairs == set(candidates.PROMISING['pair'])

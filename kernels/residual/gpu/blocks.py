@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 SHORTEST_PART = 8  # spans of a part of a sequence that is split
+SHORTEST_PAIR = 1024  # tokens of a sequence that a pair walks; by arithmetic, not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +29,16 @@ class Blocks:
     chunk: tokens of a chunk of the sequential kernels, 16, 32 or 64.
     span: chunks from one saved state to the next; `queries` and `keys` work on chunk * span tokens.
     prepare: launch of what needs neither values nor states (its value tile is not used).
-    forward: launch of the forward pass, both states in one program unless `paired`.
+    forward: launch of the forward pass, both states in one program.
     sweep: launch of the sequential part of the backward pass, one state a program.
     queries: launch of the first half of its parallel part.
     keys: launch of the second half.
     pieces: parts of the sequence that the backward pass handles one after the other: more pieces
       hold less memory.
     bits_last: whether the forward pass stores the clip's bits at the end of a chunk: what is right
-      for tiles of 64 costs registers with others.
-    paired: whether the forward pass has a program a state, which run side by side.
+      for tiles of 64 costs registers with others. (Pairs store them as they come.)
+    pair: launch of the forward pass with a program a state, in place of `forward` where heads do
+      not fill a device even so; None for never.
     split: parts of the sequence, or of a piece, that are walked side by side; None for what
       `sequence_split` says, for the heads that a device holds.
   """
@@ -50,7 +52,7 @@ class Blocks:
   keys: Kernel
   pieces: int
   bits_last: bool = False
-  paired: bool = False
+  pair: Kernel | None = None
   split: int | None = None
 
   @classmethod
@@ -75,6 +77,13 @@ def sequence_split(programs: int, spans: int, *, delta: bool) -> int:
   wanted = (2 if delta else 4) * MULTIPROCESSORS // programs
   parts = min(wanted, spans // SHORTEST_PART)
   return parts if parts >= 4 and 2 * programs <= MULTIPROCESSORS else 1
+
+
+def walks_in_pairs(chosen: Blocks, *, value_dim: int, heads: int, split: int) -> bool:
+  """Whether `pair` takes the place of `forward`: if its programs, two a walk, run all at once."""
+  if chosen.pair is None or split > 1:
+    return False
+  return heads * -(-value_dim // chosen.pair.value) <= MULTIPROCESSORS
 
 
 def heuristic(
@@ -106,11 +115,9 @@ def heuristic(
   # One program a multiprocessor waits for itself.
   is_alone = is_wide and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS
   # Two, with a state each, wait for each other: the walk takes 0.55 ms in place of 0.69, while it
-  # saves 0.71 in place of 0.88 (4 x 8192 tokens, 16 heads of 128, on an H200).
-  is_split = sequence_split(walks, -(-length // 64), delta=delta) > 1
-  paired = rdn and is_wide and hopper and walks <= MULTIPROCESSORS and not is_split
-  if paired:
-    forward = deep
+  # saves 0.71 in place of 0.88 (4 x 8192 tokens, 16 heads of 128, on an H200). Of a short sequence
+  # the second would begin when the first has ended.
+  pair = deep if rdn and is_wide and hopper and length >= SHORTEST_PAIR else None
   parallel = Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3)
   sweep = dataclasses.replace(deep, stages=4) if is_alone and not rdn else deep
   queries, keys = parallel, parallel
@@ -131,7 +138,7 @@ def heuristic(
     keys=keys,
     pieces=pieces,
     bits_last=is_wide and residual and forward.value == 64,
-    paired=paired,
+    pair=pair,
   )
 
 

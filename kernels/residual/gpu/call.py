@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rla_jax.kernels.residual.gpu.backward_pass import backward
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
+from rla_jax.kernels.residual.gpu.blocks import walks_in_pairs
 from rla_jax.kernels.residual.gpu.context import (
   INPUTS,
   OUTPUTS,
@@ -64,7 +65,7 @@ def _forward(config: Config, save: bool):
     call = Call(config, q, k, v, log_decay, beta, gamma, segments)
     prepared = call.prepare()
     split = call.split(call.spans, config.blocks.forward)
-    if config.blocks.paired and split == 1:
+    if walks_in_pairs(config.blocks, value_dim=call.V, heads=call.pairs, split=split):
       return _walk_pair(call, prepared, base, residual, save)
     walk = functools.partial(_walk, call, prepared, split)
     if split > 1:
@@ -128,7 +129,7 @@ def _walk(call, prepared, split, base, residual, *, output, save):
 
 def _walk_pair(call, prepared, base, residual, save):
   """What `_walk` returns, by programs of their own for each state."""
-  config, block, v = call.config, call.config.blocks.forward, call.v
+  config, block, v = call.config, call.config.blocks.pair, call.v
   squares, gates = prepared
   C, chunks = config.blocks.chunk, call.spans * config.blocks.span
   keep_passes = save and config.clip is not None
@@ -138,8 +139,10 @@ def _walk_pair(call, prepared, base, residual, save):
   state = array(base.shape, jnp.float32)
   words = (call.B, call.H, chunks, -(-C // 32), call.V)
   handed = (call.B, call.H, chunks, call.V, C)
-  # Residuals within a bound are as exact in float16 as they need to be, with half the bytes.
-  is_narrow = config.clip is not None and v.dtype != jnp.float32
+  # Shares of a bound are as exact in float16 as they need to be, with half the bytes, unless the
+  # bound is so far away that all of them are small.
+  is_bounded = config.clip is not None and 1e-3 <= config.clip <= 1e3
+  is_narrow = is_bounded and v.dtype != jnp.float32
   flags = call.flags(block)
   o, base, residual, *saved, _, _, _ = call.launch(
     pair_kernel,

@@ -8,10 +8,11 @@ import itertools
 
 from rla_jax.kernels.residual.gpu.blocks import Blocks, Kernel
 
-PARTS = ('chunk', 'forward', 'paired', 'sweep', 'queries', 'keys', 'prepare', 'split', 'pieces')
+PARTS = ('chunk', 'forward', 'pair', 'sweep', 'queries', 'keys', 'prepare', 'split', 'pieces')
 # The shorter list: tiles with warps and stages that have been among the fastest of their kind.
 PROMISING = {
   'forward': ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 2, 3), (16, 1, 3)),
+  'pair': ((64, 4, 3), (64, 4, 2), (32, 4, 3)),
   'sweep': ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 2, 3), (16, 1, 3)),
   **dict.fromkeys(
     ('queries', 'keys'), ((32, 4, 3), (16, 4, 4), (32, 4, 2), (16, 4, 3), (16, 4, 2), (64, 4, 2))
@@ -37,8 +38,8 @@ def candidates(
   if part == 'chunk':
     sizes = itertools.product((16, 32, 64), (1, 2, 4)) if thorough else ((32, 2), (64, 1))
     found = [change(current, chunk=c, span=s) for c, s in sizes if c * s <= 128]
-  elif part == 'paired':
-    found = [change(current, paired=not current.paired)]
+  elif part == 'pair' and current.pair is None:
+    found = []
   elif part == 'pieces':
     found = [change(current, pieces=p) for p in (1, 2, 4, 8, 16)]
   elif part == 'split':
@@ -52,6 +53,8 @@ def candidates(
       stages = (1, 2) if part == 'prepare' else (2, 3, 4)
       launches = itertools.product(tiles, (1, 2, 4, 8), stages)
     found = [change(current, **{part: Kernel(*x)}) for x in launches if x[0] <= widest]
+    if part == 'pair':
+      found.append(change(current, pair=None))
   else:
     raise ValueError(f'part is {part!r}; expected one of {", ".join(PARTS)}')
   return [current, *(f for f in found if f != current)]

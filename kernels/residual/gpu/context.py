@@ -42,8 +42,10 @@ class Config:
   interpret: bool
 
   def __post_init__(self):
-    if self.blocks.paired and not (self.delta and self.residual):
-      raise ValueError('blocks.paired is True; only the residual delta rule has a kernel for pairs')
+    if self.blocks.pair and not (self.delta and self.residual):
+      raise ValueError(
+        f'blocks.pair is {self.blocks.pair}, expected None: only the residual delta rule has pairs'
+      )
 
 
 def _block(size: int) -> int:
@@ -82,7 +84,7 @@ class Call:
       'BLOCK_V': block.value, 'DELTA': self.config.delta, 'RESIDUAL': self.config.residual,
       'CLIP': self.config.clip, 'SPAN': self.config.blocks.span, 'SEGMENTED': self.is_segmented,
       'EVEN': self._is_even(block.value), 'PRECISION': _precision(self.q.dtype),
-      'STAGES': block.stages, 'APART': block.warps > 4, 'BLOCK': HANDED_AT_A_TIME,
+      'STAGES': block.stages, 'APART': block.warps > 4, 'HANDED': HANDED_AT_A_TIME,
     }  # fmt: skip
     names = {p.name for p in kernel.params if p.is_constexpr}
     known = {n: x for n, x in known.items() if n in names} | constexprs

@@ -139,8 +139,8 @@ def forward_kernel(
     if SAVE:
       store_tile(residual_states_ptr + saved, R.to(dtype), state_seen, EVEN)
 
-  if SPLIT == 1:
-    tl.assume(chunks > 0)
+  if SPLIT == 1 or OUTPUT:
+    tl.assume(last > first)
   # Told its stages, the loop prefetches all loads, not only those of products. For the addresses of
   # those the residual delta rule has no registers left while it saves.
   for n in tl.range(first, last, num_stages=None if DELTA and RESIDUAL and SAVE else STAGES):
@@ -225,7 +225,7 @@ def forward_kernel(
       if DELTA:
         Y = tl.dot(R_low, tl.trans(k), input_precision=PRECISION)
         exact = r - tl.load(gates + RESIDUAL_IN * C + i)[None, :] * Y
-        y, rest, F = errors(exact, residual_square + 2 * C * C, PRECISION)
+        y, _, F = errors(exact, residual_square + 2 * C * C, PRECISION)
       else:
         y = r.to(square_dtype)
         F = r

@@ -74,7 +74,7 @@ def walk_chunk(
   PRECISION: tl.constexpr,
 ):
   """One chunk of one of the two states, which it returns as the chunk leaves it."""
-  SCALE: tl.constexpr = 1.0 if CLIP is None else CLIP
+  SCALE: tl.constexpr = CLIP if residuals_ptr.dtype.element_ty == tl.float16 else 1.0
   READ: tl.constexpr = BASE_IN if IS_BASE else RESIDUAL_READ
   IN: tl.constexpr = BASE_IN if IS_BASE else RESIDUAL_IN
   OUT: tl.constexpr = BASE_OUT if IS_BASE else RESIDUAL_OUT
@@ -186,7 +186,7 @@ def pair_kernel(
   V: tl.constexpr,
   C: tl.constexpr,
   SPAN: tl.constexpr,
-  BLOCK: tl.constexpr,
+  HANDED: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
   CLIP: tl.constexpr,
@@ -197,8 +197,8 @@ def pair_kernel(
 ):
   """Grid (2 * B * H * value tiles,); `flags` starts as zeros (`take_turn`).
 
-  `residuals` (divided by the bound of the clip) and `base_o` are [B, H, chunks, V, C], of BLOCK
-  chunks at a time.
+  `residuals` (in float16 as shares of the clip's bound) and `base_o` are [B, H, chunks, V, C], and
+  are handed over HANDED chunks at a time.
   """
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   follows, walk, flag = take_turn(flags_ptr)
@@ -210,8 +210,8 @@ def pair_kernel(
     R = load_transposed(residual_ptr + state, values, K, V, BLOCK_K, BLOCK_V, EVEN)
     if SAVE:
       store_first(residual_states_ptr, R, pair, chunks // SPAN, first_value, K, V, EVEN)
-    for first in tl.range(0, chunks, BLOCK):
-      last = tl.minimum(first + BLOCK, chunks)
+    for first in tl.range(0, chunks, HANDED):
+      last = tl.minimum(first + HANDED, chunks)
       wait(flag, last)
       for n in tl.range(first, last, num_stages=STAGES):
         R = walk_chunk(
@@ -224,8 +224,8 @@ def pair_kernel(
     S = load_transposed(base_ptr + state, values, K, V, BLOCK_K, BLOCK_V, EVEN)
     if SAVE:
       store_first(states_ptr, S, pair, chunks // SPAN, first_value, K, V, EVEN)
-    for first in tl.range(0, chunks, BLOCK):
-      last = tl.minimum(first + BLOCK, chunks)
+    for first in tl.range(0, chunks, HANDED):
+      last = tl.minimum(first + HANDED, chunks)
       for n in tl.range(first, last, num_stages=STAGES):
         S = walk_chunk(
           n, S, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,

@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
 
 from rla_jax.kernels.residual import judge
 from rla_jax.kernels.residual.gpu import blocks, call, candidates, step
+from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME
 from rla_jax.kernels.residual.gpu.launch import is_hopper
 from rla_jax.kernels.residual.judge import report
 from rla_jax.kernels.short_conv.gpu import selftest as short_conv
@@ -54,10 +55,12 @@ class Case:
     return f'{rule:18} {self.dtype:8} K {self.key_dim:3} V {self.value_dim:3} {self.source}'
 
 
-def with_split(chosen: blocks.Blocks, *, delta, value_dim, heads, length) -> blocks.Blocks:
-  """The record with what `sequence_split` says written out, if it splits the sequence."""
+def settled(chosen: blocks.Blocks, *, delta, value_dim, heads, length) -> blocks.Blocks:
+  """The record with what a call decides by its heads written out: parts, if any, and pairs."""
   programs, spans = heads * -(-value_dim // chosen.forward.value), length // chosen.chunk
   split = blocks.sequence_split(programs, spans // chosen.span, delta=delta)
+  if not blocks.walks_in_pairs(chosen, value_dim=value_dim, heads=heads, split=split):
+    chosen = dataclasses.replace(chosen, pair=None)
   return dataclasses.replace(chosen, split=split) if split > 1 else chosen
 
 
@@ -68,8 +71,9 @@ def shortened(chosen: blocks.Blocks) -> blocks.Blocks:
 
 
 def lengths(chosen: blocks.Blocks) -> tuple[int, int]:
-  """Lengths of a check: whole chunks, and a ragged end."""
-  tokens = 4 * chosen.chunk * chosen.span
+  """Lengths of a check: whole chunks, and a ragged end. Pairs hand over more than twice."""
+  spans = 4 + 2 * HANDED_AT_A_TIME // chosen.span * (chosen.pair is not None)
+  tokens = spans * chosen.chunk * chosen.span
   return tokens, tokens - 3
 
 
@@ -80,15 +84,14 @@ def heuristic_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
   """
   cases = {}
   for size, dtype, delta, residual, heads, length in itertools.product(
-    sizes, dtypes, (True, False), (True, False), (2, 64, 256), (256, 32768)
+    sizes, dtypes, (True, False), (True, False), (2, 64, 128, 256), (256, 32768)
   ):
     sizes_ = {'key_dim': size, 'value_dim': size, 'dtype': dtype}
     chosen = blocks.heuristic(
       delta=delta, residual=residual, heads=heads, length=length, hopper=hopper, **sizes_
     )
-    chosen = shortened(
-      with_split(chosen, delta=delta, value_dim=size, heads=heads, length=length)
-    )
+    chosen = settled(chosen, delta=delta, value_dim=size, heads=heads, length=length)
+    chosen = shortened(chosen)
     case = Case(delta, residual, dtype, size, size, chosen, f'heuristic heads {heads}')
     cases.setdefault(case, case)
   return list(cases)
@@ -111,10 +114,16 @@ def candidate_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
   """The heuristic's answers, and for many sequences each launch that tuning tries first."""
   heuristic = heuristic_cases(sizes, dtypes, hopper=hopper)
   cases = {case: case for case in heuristic}
-  bases = {(c.delta, c.residual, c.dtype, c.key_dim): c for c in heuristic if not c.blocks.split}
+  bases = {
+    (c.delta, c.residual, c.dtype, c.key_dim, c.blocks.pair): c
+    for c in heuristic if not c.blocks.split
+  }  # fmt: skip
   for base in bases.values():
-    for part in candidates.PROMISING:
+    # Of a walk in pairs the other kernels are those of a walk without.
+    for part in ('pair',) if base.blocks.pair else candidates.PROMISING:
       for chosen in candidates.candidates(base.blocks, part, base.value_dim):
+        if getattr(chosen, part) is None:
+          continue
         launch = dataclasses.astuple(getattr(chosen, part))
         case = dataclasses.replace(base, blocks=chosen, source=f'{part} {launch}')
         cases.setdefault(case, case)

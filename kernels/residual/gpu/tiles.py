@@ -81,7 +81,10 @@ def load_transposed(
 def store_transposed(
   pointer, state, values, number, K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr
 ):
-  """Stores such a state behind a loop of `number` chunks, whose loads keep their offsets."""
+  """Stores such a state behind a loop of `number` chunks.
+
+  With offsets of its own: those of the load would stay in registers throughout the loop.
+  """
   a = fresh(tl.arange(0, state.shape[1]), number)
   e = tl.arange(0, state.shape[0])
   seen = (a < K)[:, None] & (e < values)[None, :]
