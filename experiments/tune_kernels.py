@@ -6,9 +6,10 @@
 
 For every problem, one part of the record after the other is varied (each kernel's tile, warps and
 pipeline, whether programs walk in pairs, the parts and pieces of a sequence), starting from the
-heuristic, and the fastest forward with backward is kept. Values and gradients of a candidate are
-checked as in the self-test before it is chosen, so a configuration that this compiler gets wrong
-does not enter the table. Times are taken as in benchmark_ops.py.
+heuristic, and the fastest forward with backward is kept, if it is faster by more than measurements
+differ (--margin). Values and gradients of a candidate are checked as in the self-test before it is
+chosen, so a configuration that this compiler gets wrong does not enter the table. Times are taken
+as in benchmark_ops.py, with nothing compiled meanwhile.
 
 Writes kernels/residual/gpu/tuned/CARD.json, which the kernels read, after every part; other entries
 of the file stay. What was measured goes to a log beside it as it comes, CARD.jsonl, or to --log: a
@@ -56,6 +57,7 @@ PARTS = LIST(
   'parts', ['keys', 'queries', 'forward', 'pair', 'sweep', 'prepare', 'split', 'pieces'],
   f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
 )  # fmt: skip
+MARGIN = flags.DEFINE_float('margin', 0.01, 'of the time in use that another has to gain at least')
 THOROUGH = flags.DEFINE_bool('thorough', False, 'try every launch, not the promising ones alone')
 SECONDS = flags.DEFINE_float('seconds', None, 'begin no part of a record after so long')
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
@@ -99,7 +101,32 @@ class Log:
     return key, json.dumps(record, sort_keys=True)
 
 
-def build(problem: Problem, chosen: blocks.Blocks, inputs: tuple):
+def sizes(problem: Problem) -> dict:
+  """What `blocks` asks of a call."""
+  return {
+    'delta': problem.is_delta, 'residual': problem.has_residual, 'key_dim': problem.size,
+    'value_dim': problem.size, 'dtype': problem.dtype, 'heads': problem.batch * problem.heads,
+    'length': problem.length,
+  }  # fmt: skip
+
+
+def settled(problem: Problem, chosen: blocks.Blocks) -> blocks.Blocks:
+  """What a record comes to in a call of the problem: two with the same answer need one trial."""
+  heads = problem.batch * problem.heads
+  return selftest.settled(
+    chosen, delta=problem.is_delta, value_dim=problem.size, heads=heads, length=problem.length
+  )
+
+
+def arguments(problem: Problem) -> tuple:
+  """Arrays of q, k, v, gates and states."""
+  arrays = on_device(problem, 0)
+  state = jnp.zeros((problem.batch, problem.heads, problem.size, problem.size))
+  inputs = tuple(arrays[n] for n in ('q', 'k', 'v', 'log_decay', 'beta'))
+  return inputs + ((arrays['gamma'], state, state) if problem.has_residual else (None, state, None))
+
+
+def build(problem: Problem, chosen: blocks.Blocks):
   """Forward with backward, compiled."""
   config = call.Config(problem.is_delta, problem.has_residual, 1.0, chosen, False)
 
@@ -108,46 +135,69 @@ def build(problem: Problem, chosen: blocks.Blocks, inputs: tuple):
     dstates = jax.tree.map(jnp.zeros_like, outputs[1:])
     return outputs, pullback((do, *dstates))
 
+  inputs = jax.eval_shape(lambda: arguments(problem))
   return timing.prepare(both, (inputs[2], *inputs))
 
 
 def is_right(problem: Problem, chosen: blocks.Blocks) -> bool:
   """The self-test's verdict, over whole chunks and a ragged end, all parts and pieces in use."""
-  sizes = (problem.dtype, problem.size, problem.size)
-  chosen = selftest.shortened(chosen)
-  case = selftest.Case(problem.is_delta, problem.has_residual, *sizes, chosen, 'tuning')
-  return all(
-    max(selftest.check(case, length=length, seed=length).values()) <= 1
-    for length in selftest.lengths(chosen)
-  )
+  dims = (problem.dtype, problem.size, problem.size)
+  chosen = selftest.shortened(settled(problem, chosen))
+  case = selftest.Case(problem.is_delta, problem.has_residual, *dims, chosen, 'tuning')
+  try:
+    return all(
+      max(selftest.check(case, length=length, seed=length).values()) <= 1
+      for length in selftest.lengths(chosen)
+    )
+  except Exception as error:  # whatever the compiler or the driver raises is a finding
+    tqdm.write(f'{case}: {type(error).__name__}: {str(error)[:200]}')
+    return False
+
+
+def warm_up(problems: list[Problem], log: Log) -> None:
+  """Compiles and checks what every problem starts from, all at once; later they share kernels."""
+  records = [blocks.heuristic(**sizes(p), hopper=is_hopper()) for p in problems]
+  keys = [blocks.tuned_key(**sizes(p)) for p in problems]
+  with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
+    built = [pool.submit(build, p, r) for p, r in zip(problems, records, strict=True)]
+    checked = [pool.submit(is_right, p, r) for p, r in zip(problems, records, strict=True)]
+    for _ in tqdm(concurrent.futures.as_completed(built + checked), 'start', len(built + checked)):
+      pass
+  for key, record, future in zip(keys, records, checked, strict=True):
+    if 'right' not in log.get(key, record):
+      log.add(key, record, right=future.result())
 
 
 def measure(problem: Problem, key: str, found: list[blocks.Blocks], inputs: tuple, log: Log):
-  """Logs milliseconds or an error for every candidate that the log does not know."""
+  """Logs milliseconds or an error for every candidate of which the log has neither."""
   # What is in use may be over the limit already; then nothing else may take more than it does.
   limit = max(MEMORY.value * 8 * problem.qkvo_bytes, log.get(key, found[0]).get('peak_bytes', 0))
-  unknown = [c for c in found if not log.get(key, c)]
+  unknown = [c for c in found if not {'milliseconds', 'error'} & log.get(key, c).keys()]
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
-    compiling = [(c, pool.submit(build, problem, c, inputs)) for c in unknown]
-    for candidate, future in tqdm(compiling, key, leave=False):
-      try:
-        prepared = future.result()
-        peak = timing.peak_bytes(prepared.once)
-        if candidate == found[0]:
-          limit = max(limit, peak)
-        elif peak > limit:
-          log.add(key, candidate, error='over the memory limit', peak_bytes=peak)
-          continue
-        seconds = timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds
-        log.add(key, candidate, milliseconds=seconds * 1e3, peak_bytes=peak)
-      except Exception as error:  # a tile may be too large for the compiler or the card
-        log.add(key, candidate, error=f'{type(error).__name__}: {str(error)[:200]}')
+    compiling = [pool.submit(build, problem, c) for c in unknown]
+  # All are compiled by now: beside a compiler, dispatch is late and times are wrong.
+  for candidate, future in zip(unknown, tqdm(compiling, key, leave=False), strict=True):
+    try:
+      prepared = future.result()
+      peak = timing.peak_bytes(prepared.once)
+      if candidate == found[0]:
+        limit = max(limit, peak)
+      elif peak > limit:
+        log.add(key, candidate, error='over the memory limit', peak_bytes=peak)
+        continue
+      seconds = timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds
+      log.add(key, candidate, milliseconds=seconds * 1e3, peak_bytes=peak)
+    except Exception as error:  # a tile may be too large for the compiler or the card
+      log.add(key, candidate, error=f'{type(error).__name__}: {str(error)[:200]}')
 
 
 def fastest(problem: Problem, key: str, found: list[blocks.Blocks], log: Log):
-  """The fastest of the candidates that is right, or None."""
-  timed = [c for c in found if 'milliseconds' in log.get(key, c)]
-  for candidate in sorted(timed, key=lambda c: log.get(key, c)['milliseconds']):
+  """The fastest of the candidates that is right, or None; the first unless another gains."""
+  def cost(candidate):
+    milliseconds = log.get(key, candidate)['milliseconds']
+    return milliseconds * (1 - MARGIN.value * (candidate == found[0]))
+
+  for candidate in sorted((c for c in found if 'milliseconds' in log.get(key, c)), key=cost):
     if 'right' not in log.get(key, candidate):
       log.add(key, candidate, right=is_right(problem, candidate))
     if log.get(key, candidate)['right']:
@@ -158,19 +208,11 @@ def fastest(problem: Problem, key: str, found: list[blocks.Blocks], log: Log):
 
 def tune(problem: Problem, log: Log, end: float, save) -> None:
   """Saves the best record of a problem after every part that was varied."""
-  sizes = {'key_dim': problem.size, 'value_dim': problem.size, 'dtype': problem.dtype}
-  sizes |= {'delta': problem.is_delta, 'residual': problem.has_residual}
-  sizes |= {'heads': problem.batch * problem.heads, 'length': problem.length}
-  arrays = on_device(problem, 0)
-  state = jnp.zeros((problem.batch, problem.heads, problem.size, problem.size))
-  inputs = tuple(arrays[n] for n in ('q', 'k', 'v', 'log_decay', 'beta'))
-  inputs += (arrays['gamma'], state, state) if problem.has_residual else (None, state, None)
-  best = selftest.settled(
-    blocks.heuristic(**sizes, hopper=is_hopper()), delta=problem.is_delta,
-    value_dim=problem.size, heads=problem.batch * problem.heads, length=problem.length,
-  )  # fmt: skip
-  key = blocks.tuned_key(**sizes)
+  best = blocks.heuristic(**sizes(problem), hopper=is_hopper())
+  key, inputs = blocks.tuned_key(**sizes(problem)), arguments(problem)
   for part in PARTS.value:
+    if part == 'forward' and settled(problem, best).pair:
+      continue  # pairs walk in its place
     if time.monotonic() > end:
       tqdm.write(f'{key}: {part} is left for another run: out of time')
       return
@@ -178,6 +220,10 @@ def tune(problem: Problem, log: Log, end: float, save) -> None:
     found = candidate_lists.candidates(
       best, part, problem.size, spans=spans, thorough=THOROUGH.value
     )
+    distinct: dict[blocks.Blocks, blocks.Blocks] = {}
+    for candidate in found:
+      distinct.setdefault(settled(problem, candidate), candidate)
+    found = list(distinct.values())
     measure(problem, key, found, inputs, log)
     best = fastest(problem, key, found, log)
     if best is None:
@@ -217,11 +263,13 @@ def main(argv):
     path.write_text(json.dumps(table | entry, indent=1, sort_keys=True) + '\n')
 
   end = float('inf') if SECONDS.value is None else time.monotonic() + SECONDS.value
-  chosen = list(itertools.product(map(int, SIZES.value), map(int, LENGTHS.value), RULES.value))
-  for size, length, rule in tqdm(chosen, 'problems'):
-    batch, heads = max(1, TOKENS.value // length), WIDTH.value // size
-    operation = OPERATIONS[rule]
-    problem = Problem(operation, 'forward_backward', batch, length, heads, size, DTYPE.value)
+  problems = []
+  for size, length, rule in itertools.product(SIZES.value, LENGTHS.value, RULES.value):
+    batch, heads = max(1, TOKENS.value // int(length)), WIDTH.value // int(size)
+    shape = (batch, int(length), heads, int(size))
+    problems.append(Problem(OPERATIONS[rule], 'forward_backward', *shape, DTYPE.value))
+  warm_up(problems, log)
+  for problem in tqdm(problems, 'problems'):
     tune(problem, log, end, save)
   print(f'wrote {path}')
 

@@ -58,10 +58,10 @@ class Case:
 def settled(chosen: blocks.Blocks, *, delta, value_dim, heads, length) -> blocks.Blocks:
   """The record with what a call decides by its heads written out: parts, if any, and pairs."""
   programs, spans = heads * -(-value_dim // chosen.forward.value), length // chosen.chunk
-  split = blocks.sequence_split(programs, spans // chosen.span, delta=delta)
+  split = chosen.split or blocks.sequence_split(programs, spans // chosen.span, delta=delta)
   if not blocks.walks_in_pairs(chosen, value_dim=value_dim, heads=heads, split=split):
     chosen = dataclasses.replace(chosen, pair=None)
-  return dataclasses.replace(chosen, split=split) if split > 1 else chosen
+  return dataclasses.replace(chosen, split=split if split > 1 else None)
 
 
 def shortened(chosen: blocks.Blocks) -> blocks.Blocks:
@@ -101,11 +101,14 @@ def tuned_cases(device_kind: str) -> list[Case]:
   """Every entry of the card's tuned table."""
   cases = {}
   for key, record in blocks.tuned_table(device_kind).items():
-    rule, dtype, K, V, *rest = key.split('/')
-    key_dim, value_dim = (int(re.sub(r'\D', '', x)) for x in (K, V))
-    chosen = shortened(blocks.Blocks.from_json(record))
+    rule, dtype, *sizes = key.split('/')
+    key_dim, value_dim, heads, length = (int(re.sub(r'\D', '', x)) for x in sizes)
     delta, residual = rule.startswith('delta'), rule.endswith('residual')
-    case = Case(delta, residual, dtype, key_dim, value_dim, chosen, 'tuned ' + ' '.join(rest))
+    chosen = settled(
+      blocks.Blocks.from_json(record), delta=delta, value_dim=value_dim, heads=heads, length=length
+    )
+    source = f'tuned heads {heads} length {length}'
+    case = Case(delta, residual, dtype, key_dim, value_dim, shortened(chosen), source)
     cases.setdefault(case, case)
   return list(cases)
 
