@@ -6,15 +6,16 @@
 
 For every problem, one part of the record after the other is varied (each kernel's tile, warps and
 pipeline, whether programs walk in pairs, the parts and pieces of a sequence), starting from the
-heuristic, and the fastest forward with backward is kept, if it is faster by more than measurements
-differ (--margin). Values and gradients of a candidate are checked as in the self-test before it is
-chosen, so a configuration that this compiler gets wrong does not enter the table. Times are taken
-as in benchmark_ops.py, with nothing compiled meanwhile.
+heuristic, and the fastest forward with backward is kept, if it gains enough (--margin) and takes no
+more memory (--memory). Values and gradients of a candidate are checked as in the self-test before
+it is chosen, so a configuration that this compiler gets wrong does not enter the table. Times are
+taken as in benchmark_ops.py, with nothing compiled meanwhile.
 
-Writes kernels/residual/gpu/tuned/CARD.json, which the kernels read, after every part; other entries
-of the file stay. What was measured goes to a log beside it as it comes, CARD.jsonl, or to --log: a
-run that is stopped goes on from there, as long as the kernels, Triton and JAX are the same. Delete
-it to measure afresh. Compiled kernels are kept in --cache.
+Writes kernels/residual/gpu/tuned/CARD.json, which the kernels read, after every part: what differs
+from the heuristic's answer; entries of other problems stay. What was measured goes to a log beside
+it as it comes, CARD.jsonl, or to --log: a run that is stopped goes on from there, as long as the
+kernels, Triton and JAX are the same. Delete it to measure afresh. Compiled kernels are kept in
+--cache.
 """
 
 import collections
@@ -49,15 +50,12 @@ SIZES = LIST('sizes', ['128', '64', '256'], 'key and value sizes of a head')
 TOKENS = flags.DEFINE_integer('tokens', 32768, 'tokens in all')
 WIDTH = flags.DEFINE_integer('width', 2048, 'heads times head size')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'], 'of q, k, v')
-MEMORY = flags.DEFINE_float(
-  'memory', 2.0, 'most peak memory, over q, k, v, o and their gradients; where the launch in use '
-  'takes more, as much as that',
-)  # fmt: skip
+MEMORY = flags.DEFINE_float('memory', 1.0, "most peak memory, over that of the heuristic's launch")
 PARTS = LIST(
   'parts', ['keys', 'queries', 'forward', 'pair', 'sweep', 'prepare', 'split', 'pieces'],
   f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
 )  # fmt: skip
-MARGIN = flags.DEFINE_float('margin', 0.01, 'of the time in use that another has to gain at least')
+MARGIN = flags.DEFINE_float('margin', 0.02, 'share of the time in use that another has to gain')
 THOROUGH = flags.DEFINE_bool('thorough', False, 'try every launch, not the promising ones alone')
 SECONDS = flags.DEFINE_float('seconds', None, 'begin no part of a record after so long')
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
@@ -168,36 +166,38 @@ def warm_up(problems: list[Problem], log: Log) -> None:
       log.add(key, record, right=future.result())
 
 
-def measure(problem: Problem, key: str, found: list[blocks.Blocks], inputs: tuple, log: Log):
-  """Logs milliseconds or an error for every candidate of which the log has neither."""
-  # What is in use may be over the limit already; then nothing else may take more than it does.
-  limit = max(MEMORY.value * 8 * problem.qkvo_bytes, log.get(key, found[0]).get('peak_bytes', 0))
-  unknown = [c for c in found if not {'milliseconds', 'error'} & log.get(key, c).keys()]
+def measure(problem: Problem, key: str, found: list, inputs: tuple, log: Log, limit=float('inf')):
+  """Logs peak bytes of every candidate and, if they are within the limit, milliseconds."""
+  def is_unknown(known):
+    is_small = known.get('peak_bytes', 0) <= limit
+    return is_small and not {'milliseconds', 'error'} & known.keys()
+
+  unknown = [c for c in found if is_unknown(log.get(key, c))]
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
     compiling = [pool.submit(build, problem, c) for c in unknown]
   # All are compiled by now: beside a compiler, dispatch is late and times are wrong.
   for candidate, future in zip(unknown, tqdm(compiling, key, leave=False), strict=True):
     try:
       prepared = future.result()
-      peak = timing.peak_bytes(prepared.once)
-      if candidate == found[0]:
-        limit = max(limit, peak)
-      elif peak > limit:
-        log.add(key, candidate, error='over the memory limit', peak_bytes=peak)
-        continue
-      seconds = timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds
-      log.add(key, candidate, milliseconds=seconds * 1e3, peak_bytes=peak)
+      found_out = {'peak_bytes': timing.peak_bytes(prepared.once)}
+      if found_out['peak_bytes'] <= limit:
+        seconds = timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds
+        found_out['milliseconds'] = seconds * 1e3
+      log.add(key, candidate, **found_out)
     except Exception as error:  # a tile may be too large for the compiler or the card
       log.add(key, candidate, error=f'{type(error).__name__}: {str(error)[:200]}')
 
 
-def fastest(problem: Problem, key: str, found: list[blocks.Blocks], log: Log):
+def fastest(problem: Problem, key: str, found: list[blocks.Blocks], log: Log, limit: float):
   """The fastest of the candidates that is right, or None; the first unless another gains."""
+  timed = [c for c in found if 'milliseconds' in log.get(key, c)]
+  timed = [c for c in timed if log.get(key, c)['peak_bytes'] <= limit]
+
   def cost(candidate):
     milliseconds = log.get(key, candidate)['milliseconds']
     return milliseconds * (1 - MARGIN.value * (candidate == found[0]))
 
-  for candidate in sorted((c for c in found if 'milliseconds' in log.get(key, c)), key=cost):
+  for candidate in sorted(timed, key=cost):
     if 'right' not in log.get(key, candidate):
       log.add(key, candidate, right=is_right(problem, candidate))
     if log.get(key, candidate)['right']:
@@ -208,8 +208,10 @@ def fastest(problem: Problem, key: str, found: list[blocks.Blocks], log: Log):
 
 def tune(problem: Problem, log: Log, end: float, save) -> None:
   """Saves the best record of a problem after every part that was varied."""
-  best = blocks.heuristic(**sizes(problem), hopper=is_hopper())
+  start = best = blocks.heuristic(**sizes(problem), hopper=is_hopper())
   key, inputs = blocks.tuned_key(**sizes(problem)), arguments(problem)
+  measure(problem, key, [best], inputs, log)
+  limit = MEMORY.value * log.get(key, best).get('peak_bytes', 0)
   for part in PARTS.value:
     if part == 'forward' and settled(problem, best).pair:
       continue  # pairs walk in its place
@@ -224,16 +226,18 @@ def tune(problem: Problem, log: Log, end: float, save) -> None:
     for candidate in found:
       distinct.setdefault(settled(problem, candidate), candidate)
     found = list(distinct.values())
-    measure(problem, key, found, inputs, log)
-    best = fastest(problem, key, found, log)
+    measure(problem, key, found, inputs, log, limit)
+    best = fastest(problem, key, found, log, limit)
     if best is None:
       tqdm.write(f'{key}: nothing is right; no entry')
       return
-    errors = [log.get(key, c).get('error', '').split(':')[0] for c in found]
-    errors = ', '.join(f'{n} {e}' for e, n in collections.Counter(errors).items() if e) or 'none'
+    tried = [log.get(key, c) for c in found]
+    errors = collections.Counter(x['error'].split(':')[0] for x in tried if 'error' in x)
+    errors['over the memory limit'] = sum(x.get('peak_bytes', 0) > limit for x in tried)
+    errors = ', '.join(f'{n} {e}' for e, n in errors.items() if n) or 'none'
     milliseconds = log.get(key, best)['milliseconds']
     tqdm.write(f'{key}: {part}: {milliseconds:.3f} ms of {len(found)}; fell out: {errors}')
-    save({key: dataclasses.asdict(best)})
+    save(key, None if best == start else dataclasses.asdict(best))
 
 
 def main(argv):
@@ -257,10 +261,11 @@ def main(argv):
     f'{device.device_kind}, Triton {triton.__version__}, jax {jax.__version__}, kernels {digest}',
   )
 
-  def save(entry):
+  def save(key, record):
     table = json.loads(path.read_text()) if path.exists() else {}
+    table = {n: x for n, x in (table | {key: record}).items() if x is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table | entry, indent=1, sort_keys=True) + '\n')
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + '\n')
 
   end = float('inf') if SECONDS.value is None else time.monotonic() + SECONDS.value
   problems = []

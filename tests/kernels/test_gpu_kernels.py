@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from rla_jax.kernels.residual import gpu
-from rla_jax.kernels.residual.gpu import blocks, call
+from rla_jax.kernels.residual.gpu import blocks, call, selftest
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
 from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME, take_turn
 from rla_jax.kernels.residual.gpu.keys import keys_kernel
@@ -287,6 +287,7 @@ KERNELS = {
   'prepare': prepare_kernel,
   'forward': forward_kernel,
   'forward, saving': forward_kernel,
+  'forward, split': forward_kernel,
   'forward, saving, split': forward_kernel,
   'forward, short': forward_kernel,
   'forward, saving, short': forward_kernel,
@@ -309,12 +310,12 @@ FLOAT32 = (
 SCALARS = ('T', 'chunks', 'first_chunk')
 
 
-def compiled(name: str, capability: int, delta: bool, residual: bool) -> harness.Compiled:
-  """The compiler's report of a kernel in the default configuration."""
+def compiled(name, capability, delta, residual, chosen=None) -> harness.Compiled:
+  """The compiler's report of a kernel, in the default configuration unless another is given."""
   kernel = KERNELS[name]
   word = name.split(',')[0]
   heads, length = (64, 8192) if word == 'pair' else (64, 512) if 'short' in name else (256, 2048)
-  chosen = blocks.heuristic(
+  chosen = chosen or blocks.heuristic(
     delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=heads,
     length=length, hopper=capability >= 90,
   )  # fmt: skip
@@ -389,6 +390,21 @@ def test_fits_the_card(capability, name, rule):
 def test_no_register_spills(capability, name, rule):
   report = compiled(name, capability, *RULES[rule])
   assert report.spill_bytes == 0, report.log
+
+
+@pytest.mark.skipif(VERSION < (3, 9), reason='Triton 3.6 spills in the heuristic\'s, too')
+def test_no_register_spills_in_what_was_tuned():
+  """Of heads of 128 in bfloat16, on a Hopper."""
+  cases = [c for c in selftest.tuned_cases('NVIDIA H200') if c.key_dim == c.value_dim == 128]
+  assert cases
+  for case in cases:
+    walk = 'pair' if case.blocks.pair else 'forward'
+    split = ', split' * bool(case.blocks.split)
+    names = ['prepare', f'{walk}{split}', f'{walk}, saving{split}', 'sweep', 'queries', 'keys']
+    names += ['sweep, residual'] * case.residual + ['transitions', 'combine'] * bool(split)
+    for name in names:
+      report = compiled(name, 90, case.delta, case.residual, case.blocks)
+      assert report.spill_bytes == 0, (str(case), name, report.log)
 
 
 def test_pairs_hand_over_in_order():

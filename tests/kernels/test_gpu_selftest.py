@@ -65,6 +65,16 @@ def test_self_test_covers_heuristic_and_table(monkeypatch):
   assert case == selftest.Case(True, False, 'float16', 64, 32, small_blocks(), 'any')
 
 
+def test_the_table_says_what_the_heuristic_does_not():
+  """An entry that repeats it would only hide its next change."""
+  entries = blocks.tuned_table('NVIDIA H200')
+  assert entries
+  for key in entries:
+    asked = blocks.parsed_key(key)
+    assert blocks.tuned_key(**asked) == key
+    assert blocks.choose('NVIDIA H200', **asked) != blocks.heuristic(**asked), key
+
+
 def test_self_test_covers_candidates():
   cases = selftest.candidate_cases([128], ['bfloat16'])
   assert set(selftest.heuristic_cases([128], ['bfloat16'])) < set(cases)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax.numpy as jnp
 
@@ -165,6 +166,17 @@ def tuned_key(
   rule = ('delta' if delta else 'additive') + ('_residual' if residual else '')
   heads, length = 1 << (heads.bit_length() - 1), 1 << (length.bit_length() - 1)
   return f'{rule}/{jnp.dtype(dtype).name}/K{key_dim}/V{value_dim}/heads{heads}/length{length}'
+
+
+def parsed_key(key: str) -> dict:
+  """The call that a `tuned_key` names."""
+  rule, dtype, *sizes = key.split('/')
+  names = ('key_dim', 'value_dim', 'heads', 'length')
+  numbers = (int(re.sub(r'\D', '', size)) for size in sizes)
+  return {
+    'delta': rule.startswith('delta'), 'residual': rule.endswith('residual'), 'dtype': dtype,
+    **dict(zip(names, numbers, strict=True)),
+  }  # fmt: skip
 
 
 def choose(device_kind: str | None, *, hopper: bool = True, **call) -> Blocks:

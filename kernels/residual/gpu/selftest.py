@@ -14,7 +14,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import re
 import sys
 
 import jax
@@ -101,14 +100,12 @@ def tuned_cases(device_kind: str) -> list[Case]:
   """Every entry of the card's tuned table."""
   cases = {}
   for key, record in blocks.tuned_table(device_kind).items():
-    rule, dtype, *sizes = key.split('/')
-    key_dim, value_dim, heads, length = (int(re.sub(r'\D', '', x)) for x in sizes)
-    delta, residual = rule.startswith('delta'), rule.endswith('residual')
-    chosen = settled(
-      blocks.Blocks.from_json(record), delta=delta, value_dim=value_dim, heads=heads, length=length
-    )
-    source = f'tuned heads {heads} length {length}'
-    case = Case(delta, residual, dtype, key_dim, value_dim, shortened(chosen), source)
+    asked = blocks.parsed_key(key)
+    dtype, key_dim = asked.pop('dtype'), asked.pop('key_dim')
+    residual = asked.pop('residual')
+    chosen = shortened(settled(blocks.Blocks.from_json(record), **asked))
+    source = f'tuned heads {asked["heads"]} length {asked["length"]}'
+    case = Case(asked['delta'], residual, dtype, key_dim, asked['value_dim'], chosen, source)
     cases.setdefault(case, case)
   return list(cases)
 
