@@ -44,19 +44,21 @@ def table(rows: list[dict], lengths: tuple[int, ...] = (2048, 8192, 32768), size
   return _lines(lines)
 
 
-def kernel_table(rows: list[dict]) -> str:
+def kernel_table(rows: list[dict], lengths: tuple[int, ...] = (2048, 8192)) -> str:
   """Markdown: milliseconds of each Triton kernel in a call of forward and backward.
 
   Args:
     rows: of kernels.csv.
+    lengths: of a sequence.
   """
   columns = {
     '`prepare`': ('prepare_kernel',), 'walk, saving': ('forward_kernel', 'pair_kernel'),
     '`sweep`': ('sweep_kernel',), '`queries`': ('queries_kernel',), '`keys`': ('keys_kernel',),
   }  # fmt: skip
   times = {}
-  for r in rows:
-    if (r['direction'], r['implementation']) == ('forward_backward', 'triton'):
+  for r in sorted(rows, key=lambda r: (list(NAMES).index(r['operation']), int(r['length']))):
+    is_timed = (r['direction'], r['implementation']) == ('forward_backward', 'triton')
+    if is_timed and int(r['length']) in lengths:
       call = f'{NAMES[r["operation"]]}, {r["batch"]} x {r["length"]}'
       times.setdefault(call, {})[r['kernel']] = float(r['milliseconds'])
   lines = [['', *columns], ['---'] * (1 + len(columns))]
