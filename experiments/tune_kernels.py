@@ -52,7 +52,7 @@ WIDTH = flags.DEFINE_integer('width', 2048, 'heads times head size')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'], 'of q, k, v')
 MEMORY = flags.DEFINE_float('memory', 1.0, "most peak memory, over that of the heuristic's launch")
 PARTS = LIST(
-  'parts', ['keys', 'queries', 'forward', 'pair', 'sweep', 'prepare', 'split', 'pieces'],
+  'parts', ['keys', 'queries', 'forward', 'pair', 'sweep', 'prepare', 'fill', 'pieces'],
   f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
 )  # fmt: skip
 MARGIN = flags.DEFINE_float('margin', 0.02, 'share of the time in use that another has to gain')
@@ -111,9 +111,7 @@ def sizes(problem: Problem) -> dict:
 def settled(problem: Problem, chosen: blocks.Blocks) -> blocks.Blocks:
   """What a record comes to in a call of the problem: two with the same answer need one trial."""
   heads = problem.batch * problem.heads
-  return selftest.settled(
-    chosen, delta=problem.is_delta, value_dim=problem.size, heads=heads, length=problem.length
-  )
+  return selftest.settled(chosen, value_dim=problem.size, heads=heads, length=problem.length)
 
 
 def arguments(problem: Problem) -> tuple:
@@ -218,10 +216,7 @@ def tune(problem: Problem, log: Log, end: float, save) -> None:
     if time.monotonic() > end:
       tqdm.write(f'{key}: {part} is left for another run: out of time')
       return
-    spans = problem.length // (best.chunk * best.span)
-    found = candidate_lists.candidates(
-      best, part, problem.size, spans=spans, thorough=THOROUGH.value
-    )
+    found = candidate_lists.candidates(best, part, problem.size, thorough=THOROUGH.value)
     distinct: dict[blocks.Blocks, blocks.Blocks] = {}
     for candidate in found:
       distinct.setdefault(settled(problem, candidate), candidate)

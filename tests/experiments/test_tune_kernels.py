@@ -114,10 +114,9 @@ def test_memory_is_not_traded_for_time_unless_asked(card, tmp_path):
 
 
 def test_what_comes_to_the_same_is_not_tried(card, tmp_path):
-  """A full card does not walk in pairs, and one part is none; pairs leave `forward` unused."""
-  assert tune(card, RDN, tmp_path / 'log', ['pair', 'split']) is None
-  assert {c.pair for c in card.built} == {START.pair}
-  assert 1 not in {c.split for c in card.built}
+  """A full card walks neither in pairs nor in parts; pairs leave `forward` unused."""
+  assert tune(card, RDN, tmp_path / 'log', ['pair', 'fill']) is None
+  assert card.built == [START]
   card.built.clear()
   assert tune(card, FEW, tmp_path / 'log', ['forward']) == ''
   tune(card, FEW, tmp_path / 'log', ['pair'])

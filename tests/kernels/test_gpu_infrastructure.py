@@ -310,22 +310,23 @@ def test_training_step_gathers_nothing(G):
 
 
 @pytest.mark.parametrize(
-  ('programs', 'spans', 'delta', 'parts'),
+  ('programs', 'spans', 'fill', 'parts'),
   [
-    (32, 512, True, 8),  # 16 heads of 128, 32768 tokens
-    (32, 512, False, 16),
-    (32, 64, True, 8),
-    (32, 48, True, 6),
-    (32, 32, True, 4),
-    (32, 16, True, 1),  # too short
-    (66, 512, True, 4),
-    (67, 512, True, 1),  # more than half of the card is busy
-    (512, 32, False, 1),
-    (4, 4096, True, 66),
+    (32, 512, 2, 8),  # 16 heads of 128, 32768 tokens
+    (32, 512, 4, 16),
+    (32, 64, 2, 8),
+    (32, 48, 2, 6),
+    (32, 32, 2, 4),
+    (32, 16, 2, 1),  # too short
+    (66, 512, 2, 4),
+    (67, 512, 2, 1),  # more than half of the card is busy
+    (512, 32, 4, 1),
+    (4, 4096, 2, 66),
+    (4, 4096, 0, 1),
   ],
 )
-def test_few_programs_split_the_sequence(programs, spans, delta, parts):
-  assert blocks.sequence_split(programs, spans, delta=delta) == parts
+def test_few_programs_split_the_sequence(programs, spans, fill, parts):
+  assert blocks.sequence_split(programs, spans, fill=fill) == parts
 
 
 @pytest.mark.parametrize('thorough', [False, True])

@@ -40,8 +40,9 @@ class Blocks:
       for tiles of 64 costs registers with others. (Pairs store them as they come.)
     pair: launch of the forward pass with a program a state, in place of `forward` where heads do
       not fill a device even so; None for never.
-    split: parts of the sequence, or of a piece, that are walked side by side; None for what
-      `sequence_split` says, for the heads that a device holds.
+    fill: programs a multiprocessor that a walk is to have, by parts of the sequence, or of a piece,
+      that are walked side by side (`sequence_split`); 0 for sequences as a whole.
+    split: so many parts whatever the heads that a device holds; None for what `fill` comes to.
   """
 
   chunk: int
@@ -54,6 +55,7 @@ class Blocks:
   pieces: int
   bits_last: bool = False
   pair: Kernel | None = None
+  fill: int = 2
   split: int | None = None
 
   @classmethod
@@ -63,7 +65,7 @@ class Blocks:
     return cls(**(record | kernels))
 
 
-def sequence_split(programs: int, spans: int, *, delta: bool) -> int:
+def sequence_split(programs: int, spans: int, *, fill: int) -> int:
   """Parts of a sequence to walk side by side, where heads alone do not fill a card.
 
   Parts have a price, in time of the walk itself: what each leaves is found beforehand, for one
@@ -73,9 +75,9 @@ def sequence_split(programs: int, spans: int, *, delta: bool) -> int:
   Args:
     programs: of a kernel that walks whole sequences.
     spans: of the sequence.
-    delta: whether the update is the delta rule.
+    fill: programs a multiprocessor that there are to be.
   """
-  wanted = (2 if delta else 4) * MULTIPROCESSORS // programs
+  wanted = fill * MULTIPROCESSORS // programs
   parts = min(wanted, spans // SHORTEST_PART)
   return parts if parts >= 4 and 2 * programs <= MULTIPROCESSORS else 1
 
@@ -143,6 +145,7 @@ def heuristic(
     pieces=pieces,
     bits_last=is_wide and residual and forward.value == 64,
     pair=pair,
+    fill=2 if delta else 4,
   )
 
 

@@ -8,7 +8,7 @@ import itertools
 
 from rla_jax.kernels.residual.gpu.blocks import Blocks, Kernel
 
-PARTS = ('chunk', 'forward', 'pair', 'sweep', 'queries', 'keys', 'prepare', 'split', 'pieces')
+PARTS = ('chunk', 'forward', 'pair', 'sweep', 'queries', 'keys', 'prepare', 'fill', 'pieces')
 # The shorter list: tiles with warps and stages that have been among the fastest of their kind.
 PROMISING = {
   'forward': ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 2, 3), (16, 1, 3)),
@@ -22,7 +22,7 @@ PROMISING = {
 
 
 def candidates(
-  current: Blocks, part: str, value_dim: int, *, spans: int = 64, thorough: bool = False
+  current: Blocks, part: str, value_dim: int, *, thorough: bool = False
 ) -> list[Blocks]:
   """Records that differ from `current` in one of PARTS; `current` is the first.
 
@@ -30,7 +30,6 @@ def candidates(
     current: where to start from.
     part: what is varied.
     value_dim: V of a head; no tile is wider than it needs.
-    spans: of the sequence; it is split into no more parts.
     thorough: all launches that the compiler may take, not the promising ones alone.
   """
   change = dataclasses.replace
@@ -42,8 +41,8 @@ def candidates(
     found = []
   elif part == 'pieces':
     found = [change(current, pieces=p) for p in (1, 2, 4, 8, 16)]
-  elif part == 'split':
-    found = [change(current, split=p) for p in (1, 4, 8, 16, 32) if p <= max(1, spans // 4)]
+  elif part == 'fill':
+    found = [change(current, fill=f) for f in (0, 1, 2, 4, 8)]
   elif part in PROMISING:
     # One stage is left out where loads are staged: Triton 3.6 has read invalid shared memory there
     # on Hopper.

@@ -112,7 +112,7 @@ class Call:
     """Parts of a sequence of so many spans that are walked side by side; none is empty."""
     parts = self.config.blocks.split
     if parts is None:
-      parts = sequence_split(self.walk(block), spans, delta=self.config.delta)
+      parts = sequence_split(self.walk(block), spans, fill=self.config.blocks.fill)
     return -(-spans // -(-spans // min(parts, spans)))
 
   def piece(self) -> int:

@@ -54,13 +54,14 @@ class Case:
     return f'{rule:18} {self.dtype:8} K {self.key_dim:3} V {self.value_dim:3} {self.source}'
 
 
-def settled(chosen: blocks.Blocks, *, delta, value_dim, heads, length) -> blocks.Blocks:
+def settled(chosen: blocks.Blocks, *, value_dim, heads, length) -> blocks.Blocks:
   """The record with what a call decides by its heads written out: parts, if any, and pairs."""
-  programs, spans = heads * -(-value_dim // chosen.forward.value), length // chosen.chunk
-  split = chosen.split or blocks.sequence_split(programs, spans // chosen.span, delta=delta)
+  programs = heads * -(-value_dim // chosen.forward.value)
+  spans = length // (chosen.chunk * chosen.span)
+  split = chosen.split or blocks.sequence_split(programs, spans, fill=chosen.fill)
   if not blocks.walks_in_pairs(chosen, value_dim=value_dim, heads=heads, split=split):
     chosen = dataclasses.replace(chosen, pair=None)
-  return dataclasses.replace(chosen, split=split if split > 1 else None)
+  return dataclasses.replace(chosen, fill=0, split=split if split > 1 else None)
 
 
 def shortened(chosen: blocks.Blocks) -> blocks.Blocks:
@@ -89,7 +90,7 @@ def heuristic_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
     chosen = blocks.heuristic(
       delta=delta, residual=residual, heads=heads, length=length, hopper=hopper, **sizes_
     )
-    chosen = settled(chosen, delta=delta, value_dim=size, heads=heads, length=length)
+    chosen = settled(chosen, value_dim=size, heads=heads, length=length)
     chosen = shortened(chosen)
     case = Case(delta, residual, dtype, size, size, chosen, f'heuristic heads {heads}')
     cases.setdefault(case, case)
@@ -102,10 +103,10 @@ def tuned_cases(device_kind: str) -> list[Case]:
   for key, record in blocks.tuned_table(device_kind).items():
     asked = blocks.parsed_key(key)
     dtype, key_dim = asked.pop('dtype'), asked.pop('key_dim')
-    residual = asked.pop('residual')
+    delta, residual = asked.pop('delta'), asked.pop('residual')
     chosen = shortened(settled(blocks.Blocks.from_json(record), **asked))
     source = f'tuned heads {asked["heads"]} length {asked["length"]}'
-    case = Case(asked['delta'], residual, dtype, key_dim, asked['value_dim'], chosen, source)
+    case = Case(delta, residual, dtype, key_dim, asked['value_dim'], chosen, source)
     cases.setdefault(case, case)
   return list(cases)
 
