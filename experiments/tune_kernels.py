@@ -1,21 +1,21 @@
 """Tunes the block sizes of the Triton kernels on the card at hand and writes its table.
 
-    python experiments/tune_kernels.py                                       # the usual sizes
-    python experiments/tune_kernels.py --rules=delta_residual --lengths=2048 # one of them, minutes
-    python experiments/tune_kernels.py --seconds=500                         # then again: goes on
+    python experiments/tune_kernels.py                            # the usual sizes
+    python experiments/tune_kernels.py --rules=delta_residual --lengths=2048 --sizes=128   # minutes
+    python experiments/tune_kernels.py --seconds=500              # then again: goes on
 
 For every problem, one part of the record after the other is varied (each kernel's tile, warps and
-pipeline, whether programs walk in pairs, the parts and pieces of a sequence), starting from the
-heuristic, and the fastest forward with backward is kept, if it gains enough (--margin) and takes no
+pipeline, whether programs walk in pairs, the parts and pieces of a sequence), starting from what is
+in use, and the fastest forward with backward is kept, if it gains enough (--margin) and takes no
 more memory (--memory). Values and gradients of a candidate are checked as in the self-test before
 it is chosen, so a configuration that this compiler gets wrong does not enter the table. Times are
 taken as in benchmark_ops.py, with nothing compiled meanwhile.
 
-Writes kernels/residual/gpu/tuned/CARD.json, which the kernels read, after every part: what differs
-from the heuristic's answer; entries of other problems stay. What was measured goes to a log beside
-it as it comes, CARD.jsonl, or to --log: a run that is stopped goes on from there, as long as the
-kernels, Triton and JAX are the same. Delete it to measure afresh. Compiled kernels are kept in
---cache.
+A problem that is through goes to kernels/residual/gpu/tuned/CARD.json, which the kernels read, if
+it still gains that much over the heuristic when both are timed again; else its entry goes. Entries
+of other problems stay. What was measured goes to a log beside the table as it comes, CARD.jsonl, or
+to --log: a run that is stopped goes on from there, as long as the kernels, Triton and JAX are the
+same. Delete it to measure afresh. Compiled kernels are kept in --cache.
 """
 
 import collections
@@ -33,6 +33,7 @@ import triton
 from absl import app, flags
 from ops_benchmark import timing
 from ops_benchmark.problem import Problem, on_device
+from ops_benchmark.tuning_log import Log, named
 from tqdm import tqdm
 
 from rla_jax.kernels.residual.gpu import blocks, call, selftest
@@ -50,14 +51,14 @@ SIZES = LIST('sizes', ['128', '64', '256'], 'key and value sizes of a head')
 TOKENS = flags.DEFINE_integer('tokens', 32768, 'tokens in all')
 WIDTH = flags.DEFINE_integer('width', 2048, 'heads times head size')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'], 'of q, k, v')
-MEMORY = flags.DEFINE_float('memory', 1.0, "most peak memory, over that of the heuristic's launch")
+MEMORY = flags.DEFINE_float('memory', 1.0, "most peak memory, as a multiple of the heuristic's")
 PARTS = LIST(
   'parts', ['keys', 'queries', 'forward', 'pair', 'sweep', 'prepare', 'fill', 'pieces'],
   f'what to vary, in order, of {", ".join(candidate_lists.PARTS)}',
 )  # fmt: skip
-MARGIN = flags.DEFINE_float('margin', 0.02, 'share of the time in use that another has to gain')
+MARGIN = flags.DEFINE_float('margin', 0.02, 'share of the time in use that another has to save')
 THOROUGH = flags.DEFINE_bool('thorough', False, 'try every launch, not the promising ones alone')
-SECONDS = flags.DEFINE_float('seconds', None, 'begin no part of a record after so long')
+SECONDS = flags.DEFINE_float('seconds', None, 'begin nothing after so long: what is begun ends')
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
 CACHE = flags.DEFINE_string('cache', '~/.cache/rla_jax', 'folder of the compilation cache')
 OUT = flags.DEFINE_string('out', None, "file of the table; the package's own if not given")
@@ -66,37 +67,6 @@ LOG = flags.DEFINE_string('log', None, "file of the log; the table's with .jsonl
 OPERATIONS = {
   'delta_residual': 'rdn', 'additive_residual': 'rla', 'delta': 'gdn', 'additive': 'simple_gla'
 }  # fmt: skip
-
-
-class Log:
-  """What was found of each candidate: a line of JSON as it comes, and those of earlier runs."""
-
-  def __init__(self, path: pathlib.Path, versions: str):
-    self.path, self.versions = path, versions
-    self._found: dict[tuple[str, str], dict] = {}
-    if path.exists():
-      for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        if entry['versions'] == versions:
-          self._found[self._name(entry['key'], entry['blocks'])] = entry
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-  def get(self, key: str, chosen: blocks.Blocks) -> dict:
-    """What is known of a candidate: milliseconds or error, and right, where they are known."""
-    return self._found.get(self._name(key, dataclasses.asdict(chosen)), {})
-
-  def add(self, key: str, chosen: blocks.Blocks, **found) -> None:
-    """Adds to what is known."""
-    record = dataclasses.asdict(chosen)
-    entry = self.get(key, chosen) | found
-    entry |= {'key': key, 'blocks': record, 'versions': self.versions}
-    self._found[self._name(key, record)] = entry
-    with open(self.path, 'a') as file:
-      file.write(json.dumps(entry) + '\n')
-
-  @staticmethod
-  def _name(key, record):
-    return key, json.dumps(record, sort_keys=True)
 
 
 def sizes(problem: Problem) -> dict:
@@ -108,10 +78,10 @@ def sizes(problem: Problem) -> dict:
   }  # fmt: skip
 
 
-def settled(problem: Problem, chosen: blocks.Blocks) -> blocks.Blocks:
-  """What a record comes to in a call of the problem: two with the same answer need one trial."""
-  heads = problem.batch * problem.heads
-  return selftest.settled(chosen, value_dim=problem.size, heads=heads, length=problem.length)
+def launches(problem: Problem, chosen: blocks.Blocks) -> tuple:
+  """What a record comes to in a call: two records with the same answer need one trial."""
+  call_ = {n: x for n, x in sizes(problem).items() if n in ('value_dim', 'heads', 'length')}
+  return selftest.settled(chosen, **call_), selftest.parts(chosen, **call_)
 
 
 def arguments(problem: Problem) -> tuple:
@@ -138,7 +108,7 @@ def build(problem: Problem, chosen: blocks.Blocks):
 def is_right(problem: Problem, chosen: blocks.Blocks) -> bool:
   """The self-test's verdict, over whole chunks and a ragged end, all parts and pieces in use."""
   dims = (problem.dtype, problem.size, problem.size)
-  chosen = selftest.shortened(settled(problem, chosen))
+  chosen = selftest.shortened(launches(problem, chosen)[0])
   case = selftest.Case(problem.is_delta, problem.has_residual, *dims, chosen, 'tuning')
   try:
     return all(
@@ -150,89 +120,118 @@ def is_right(problem: Problem, chosen: blocks.Blocks) -> bool:
     return False
 
 
+def finished(futures: list, what: str) -> None:
+  """Waits for all, with a progress bar."""
+  for _ in tqdm(concurrent.futures.as_completed(futures), what, len(futures), leave=False):
+    pass
+
+
 def warm_up(problems: list[Problem], log: Log) -> None:
-  """Compiles and checks what every problem starts from, all at once; later they share kernels."""
-  records = [blocks.heuristic(**sizes(p), hopper=is_hopper()) for p in problems]
-  keys = [blocks.tuned_key(**sizes(p)) for p in problems]
+  """Compiles and checks what problems start from, all at once; their candidates share kernels."""
+  starts = [(p, in_use(p)) for p in problems]
+  starts = [(p, start) for p, start in starts if 'right' not in log.get(p, start)]
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
-    built = [pool.submit(build, p, r) for p, r in zip(problems, records, strict=True)]
-    checked = [pool.submit(is_right, p, r) for p, r in zip(problems, records, strict=True)]
-    for _ in tqdm(concurrent.futures.as_completed(built + checked), 'start', len(built + checked)):
-      pass
-  for key, record, future in zip(keys, records, checked, strict=True):
-    if 'right' not in log.get(key, record):
-      log.add(key, record, right=future.result())
+    built = [pool.submit(build, *start) for start in starts]  # `measure` finds what fails
+    checked = [pool.submit(is_right, *start) for start in starts]
+    finished(built + checked, 'start')
+  for start, future in zip(starts, checked, strict=True):
+    log.add(*start, right=future.result())
 
 
-def measure(problem: Problem, key: str, found: list, inputs: tuple, log: Log, limit=float('inf')):
+def measure(problem: Problem, found: list, inputs: tuple, log: Log, limit=float('inf')) -> None:
   """Logs peak bytes of every candidate and, if they are within the limit, milliseconds."""
   def is_unknown(known):
     is_small = known.get('peak_bytes', 0) <= limit
     return is_small and not {'milliseconds', 'error'} & known.keys()
 
-  unknown = [c for c in found if is_unknown(log.get(key, c))]
+  unknown = [c for c in found if is_unknown(log.get(problem, c))]
   with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
-    compiling = [pool.submit(build, problem, c) for c in unknown]
+    builds = [pool.submit(build, problem, c) for c in unknown]
+    finished(builds, f'{named(problem)} compile')
   # All are compiled by now: beside a compiler, dispatch is late and times are wrong.
-  for candidate, future in zip(unknown, tqdm(compiling, key, leave=False), strict=True):
+  for candidate, built in zip(unknown, tqdm(builds, named(problem), leave=False), strict=True):
     try:
-      prepared = future.result()
+      prepared = built.result()
       found_out = {'peak_bytes': timing.peak_bytes(prepared.once)}
       if found_out['peak_bytes'] <= limit:
-        seconds = timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds
-        found_out['milliseconds'] = seconds * 1e3
-      log.add(key, candidate, **found_out)
+        found_out['milliseconds'] = milliseconds(prepared, inputs)
+      log.add(problem, candidate, **found_out)
     except Exception as error:  # a tile may be too large for the compiler or the card
-      log.add(key, candidate, error=f'{type(error).__name__}: {str(error)[:200]}')
+      log.add(problem, candidate, error=f'{type(error).__name__}: {str(error)[:200]}')
 
 
-def fastest(problem: Problem, key: str, found: list[blocks.Blocks], log: Log, limit: float):
+def milliseconds(prepared: timing.Prepared, inputs: tuple) -> float:
+  """The time of what was built."""
+  return timing.measure(prepared, (inputs[2], *inputs), repeats=3).seconds * 1e3
+
+
+def fastest(problem: Problem, found: list[blocks.Blocks], log: Log, limit: float):
   """The fastest of the candidates that is right, or None; the first unless another gains."""
-  timed = [c for c in found if 'milliseconds' in log.get(key, c)]
-  timed = [c for c in timed if log.get(key, c)['peak_bytes'] <= limit]
+  timed = [c for c in found if 'milliseconds' in log.get(problem, c)]
+  timed = [c for c in timed if log.get(problem, c)['peak_bytes'] <= limit]
 
   def cost(candidate):
-    milliseconds = log.get(key, candidate)['milliseconds']
-    return milliseconds * (1 - MARGIN.value * (candidate == found[0]))
+    time_ = log.get(problem, candidate)['milliseconds']
+    return time_ * (1 - MARGIN.value * (candidate == found[0]))
 
   for candidate in sorted(timed, key=cost):
-    if 'right' not in log.get(key, candidate):
-      log.add(key, candidate, right=is_right(problem, candidate))
-    if log.get(key, candidate)['right']:
+    if 'right' not in log.get(problem, candidate):
+      log.add(problem, candidate, right=is_right(problem, candidate))
+    if log.get(problem, candidate)['right']:
       return candidate
-    tqdm.write(f'{key}: wrong results on this card: {candidate}')
+    tqdm.write(f'{named(problem)}: wrong results on this card: {candidate}')
   return None
 
 
+def still_gains(problem: Problem, best: blocks.Blocks, than: blocks.Blocks, inputs: tuple) -> bool:
+  """Whether a record gains when it is timed again beside the other, each twice."""
+  pair = [build(problem, chosen) for chosen in (best, than)]
+  samples = [[milliseconds(prepared, inputs) for prepared in pair] for _ in range(2)]
+  times = [min(sample) for sample in zip(*samples, strict=True)]
+  tqdm.write(f"{named(problem)}: {times[0]:.3f} ms, by the heuristic {times[1]:.3f}")
+  return times[0] <= (1 - MARGIN.value) * times[1]
+
+
+def in_use(problem: Problem) -> blocks.Blocks:
+  """What the kernels would take now."""
+  return blocks.choose(jax.devices()[0].device_kind, hopper=is_hopper(), **sizes(problem))
+
+
 def tune(problem: Problem, log: Log, end: float, save) -> None:
-  """Saves the best record of a problem after every part that was varied."""
-  start = best = blocks.heuristic(**sizes(problem), hopper=is_hopper())
-  key, inputs = blocks.tuned_key(**sizes(problem)), arguments(problem)
-  measure(problem, key, [best], inputs, log)
-  limit = MEMORY.value * log.get(key, best).get('peak_bytes', 0)
-  for part in PARTS.value:
-    if part == 'forward' and settled(problem, best).pair:
+  """Saves the best record of a problem, None where the heuristic's is, once it is through."""
+  heuristic = blocks.heuristic(**sizes(problem), hopper=is_hopper())
+  best, inputs, limit = in_use(problem), None, float('inf')
+  for part in ('start', *PARTS.value):
+    if part == 'forward' and launches(problem, best)[0].pair:
       continue  # pairs walk in its place
     if time.monotonic() > end:
-      tqdm.write(f'{key}: {part} is left for another run: out of time')
+      tqdm.write(f'{named(problem)}: {part} is left for another run: out of time')
       return
-    found = candidate_lists.candidates(best, part, problem.size, thorough=THOROUGH.value)
-    distinct: dict[blocks.Blocks, blocks.Blocks] = {}
+    found = [best, heuristic]
+    if part != 'start':
+      found = candidate_lists.candidates(best, part, problem.size, thorough=THOROUGH.value)
+    distinct: dict[tuple, blocks.Blocks] = {}
     for candidate in found:
-      distinct.setdefault(settled(problem, candidate), candidate)
+      distinct.setdefault(launches(problem, candidate), candidate)
     found = list(distinct.values())
-    measure(problem, key, found, inputs, log, limit)
-    best = fastest(problem, key, found, log, limit)
-    if best is None:
-      tqdm.write(f'{key}: nothing is right; no entry')
-      return
-    tried = [log.get(key, c) for c in found]
+    inputs = inputs or arguments(problem)
+    measure(problem, found, inputs, log, limit)
+    best = fastest(problem, found, log, limit) or best  # another part may be what is wrong
+    tried = [log.get(problem, c) for c in found]
     errors = collections.Counter(x['error'].split(':')[0] for x in tried if 'error' in x)
     errors['over the memory limit'] = sum(x.get('peak_bytes', 0) > limit for x in tried)
     errors = ', '.join(f'{n} {e}' for e, n in errors.items() if n) or 'none'
-    milliseconds = log.get(key, best)['milliseconds']
-    tqdm.write(f'{key}: {part}: {milliseconds:.3f} ms of {len(found)}; fell out: {errors}')
-    save(key, None if best == start else dataclasses.asdict(best))
+    time_ = log.get(problem, best).get('milliseconds', float('nan'))
+    tqdm.write(f'{named(problem)}: {part}: {time_:.3f} ms of {len(found)}; fell out: {errors}')
+    if part == 'start' and 'peak_bytes' in log.get(problem, heuristic):
+      limit = MEMORY.value * log.get(problem, heuristic)['peak_bytes']
+  if not log.get(problem, best).get('right'):
+    tqdm.write(f'{named(problem)}: nothing is right; the table stays as it is')
+    return
+  is_better = best != heuristic and (
+    not log.get(problem, heuristic).get('right') or still_gains(problem, best, heuristic, inputs)
+  )
+  save(blocks.tuned_key(**sizes(problem)), dataclasses.asdict(best) if is_better else None)
 
 
 def main(argv):
@@ -260,7 +259,9 @@ def main(argv):
     table = json.loads(path.read_text()) if path.exists() else {}
     table = {n: x for n, x in (table | {key: record}).items() if x is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + '\n')
+    unfinished = path.with_suffix('.part')
+    unfinished.write_text(json.dumps(table, indent=1, sort_keys=True) + '\n')
+    unfinished.replace(path)  # kernels may read it meanwhile
 
   end = float('inf') if SECONDS.value is None else time.monotonic() + SECONDS.value
   problems = []

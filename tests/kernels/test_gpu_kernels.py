@@ -1,11 +1,9 @@
-"""The Triton kernels without a GPU: numerics in the interpreter, compilation for sm_80 and sm_90.
+"""The Triton kernels without a GPU: numerics in the interpreter.
 
-Everything is held against the recurrence in float64, token by token. The compiler's own report
-says whether registers spill and whether shared memory fits.
+Everything is held against the recurrence in float64, token by token.
 """
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +16,8 @@ import triton
 import triton.language as tl
 
 from rla_jax.kernels.residual import gpu
-from rla_jax.kernels.residual.gpu import blocks, call, selftest
-from rla_jax.kernels.residual.gpu.forward import forward_kernel
-from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME, take_turn
-from rla_jax.kernels.residual.gpu.keys import keys_kernel
-from rla_jax.kernels.residual.gpu.pair import pair_kernel
-from rla_jax.kernels.residual.gpu.parts import COMBINE
-from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
-from rla_jax.kernels.residual.gpu.queries import queries_kernel
-from rla_jax.kernels.residual.gpu.split import combine_kernel, transitions_kernel
-from rla_jax.kernels.residual.gpu.sweep import sweep_kernel
+from rla_jax.kernels.residual.gpu import blocks, call
+from rla_jax.kernels.residual.gpu.handover import take_turn
 from tests.errors import cosine, error
 from tests.kernels import triton_harness as harness
 from tests.oracle import GRADIENTS, Call, gradients, recurrence
@@ -280,138 +270,7 @@ def test_refuses_a_chunk_size_it_lacks():
     )
 
 
-# --- compilation: K = V = 128, bfloat16, the heuristic's choice for 256 heads of 2048 tokens, that
-# of `pair` for 64 of 8192; 'short' for 64 of 512, where RDN's walk takes half the tile ---
-
-KERNELS = {
-  'prepare': prepare_kernel,
-  'forward': forward_kernel,
-  'forward, saving': forward_kernel,
-  'forward, split': forward_kernel,
-  'forward, saving, split': forward_kernel,
-  'forward, short': forward_kernel,
-  'forward, saving, short': forward_kernel,
-  'pair': pair_kernel,
-  'pair, saving': pair_kernel,
-  'sweep': sweep_kernel,
-  'sweep, residual': sweep_kernel,
-  'queries': queries_kernel,
-  'keys': keys_kernel,
-  'transitions': transitions_kernel,
-  'combine': combine_kernel,
-}
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-FLOAT32 = (
-  'log_decay_ptr', 'beta_ptr', 'gamma_ptr', 'gates_ptr', 'base_ptr', 'residual_ptr',
-  'base_out_ptr', 'residual_out_ptr', 'dstate_in_ptr', 'dstate_ptr', 'dlog_decay_ptr',
-  'dbeta_ptr', 'dgamma_ptr', 'dlog_decay_before_ptr', 'dbeta_before_ptr', 'dgamma_before_ptr',
-  'edge_ptr', 'ends_ptr', 'transitions_ptr',
-)  # fmt: skip
-SCALARS = ('T', 'chunks', 'first_chunk')
-
-
-def compiled(name, capability, delta, residual, chosen=None) -> harness.Compiled:
-  """The compiler's report of a kernel, in the default configuration unless another is given."""
-  kernel = KERNELS[name]
-  word = name.split(',')[0]
-  heads, length = (64, 8192) if word == 'pair' else (64, 512) if 'short' in name else (256, 2048)
-  chosen = chosen or blocks.heuristic(
-    delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=heads,
-    length=length, hopper=capability >= 90,
-  )  # fmt: skip
-  split_launches = {'transitions': chosen.sweep, 'combine': COMBINE}
-  launch = split_launches.get(word) or getattr(chosen, word)
-  constexprs = {
-    'H': 16, 'G': 16, 'K': 128, 'V': 128, 'BLOCK_K': 128, 'BLOCK_V': launch.value,
-    'C': chosen.chunk * (chosen.span if name in ('queries', 'keys') else 1), 'SPAN': chosen.span,
-    'SPLIT': 8 if word in split_launches or 'split' in name else 1,
-    'STATES': 1 + residual, 'STATE': 0,
-    'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in name, 'EVEN': True,
-    'OUTPUT': True, 'STORE': True, 'BITS_LAST': chosen.bits_last, 'APART': launch.warps > 4,
-    'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
-    'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual),
-    'IS_RESIDUAL': name == 'sweep, residual', 'HANDED': HANDED_AT_A_TIME,
-  }  # fmt: skip
-  kinds = dict.fromkeys(('segments_ptr', 'passes_ptr', 'zeros_ptr', 'flags_ptr'), '*i32')
-  kinds['residuals_ptr'] = '*fp16'
-  kinds |= dict.fromkeys(FLOAT32, '*fp32') | dict.fromkeys(SCALARS, 'i32')
-  if word == 'combine':
-    kinds['states_ptr'] = '*fp32'
-  names = [p.name for p in kernel.params if not p.is_constexpr]
-  used = {p.name for p in kernel.params if p.is_constexpr}
-  return harness.compile_kernel(
-    kernel,
-    [kinds.get(n, '*bf16') for n in names],
-    {n: x for n, x in constexprs.items() if n in used},
-    capability=capability,
-    num_warps=launch.warps,
-    num_stages=launch.stages,
-  )
-
-
-RULES = {
-  'delta residual': (True, True),
-  'additive residual': (False, True),
-  'delta': (True, False),
-  'additive': (False, False),
-}
-VERSION = tuple(int(part) for part in triton.__version__.split('.')[:2])
-OLDER = pytest.mark.xfail(
-  VERSION < (3, 9), strict=True, reason='Triton 3.6 leaves 4 to 28 bytes of spills'
-)
-WALKS = ('forward', 'forward, saving', 'sweep')
-BUILDS = [
-  *itertools.product((80, 90), ('prepare', *WALKS, 'queries', 'keys'), RULES),
-  *itertools.product((80, 90), ('sweep, residual',), ('delta residual', 'additive residual')),
-  *itertools.product(
-    (90,), ('forward, saving, split', 'transitions', 'combine'), ('delta residual',)
-  ),
-  *itertools.product(
-    (90,), ('pair', 'pair, saving', 'forward, short', 'forward, saving, short'), ('delta residual',)
-  ),
-]
-TIGHT = [(90, 'forward, saving', 'delta residual'), (90, 'pair, saving', 'delta residual')]
-
-
-@pytest.mark.parametrize(('capability', 'name', 'rule'), BUILDS)
-def test_fits_the_card(capability, name, rule):
-  """Builds, fits shared memory, and uses the tensor cores' own instructions on Hopper."""
-  report = compiled(name, capability, *RULES[rule])
-  assert report.shared_bytes <= SHARED_LIMIT[capability]
-  if capability == 90 and name not in ('prepare', 'combine'):
-    # Half a tile is too narrow for them, and yet faster: it was measured.
-    assert report.uses_wgmma == ('short' not in name)
-
-
-@pytest.mark.parametrize(
-  ('capability', 'name', 'rule'),
-  [pytest.param(*x, marks=OLDER if x in TIGHT else ()) for x in BUILDS],
-)
-def test_no_register_spills(capability, name, rule):
-  report = compiled(name, capability, *RULES[rule])
-  assert report.spill_bytes == 0, report.log
-
-
-@pytest.mark.skipif(VERSION < (3, 9), reason='Triton 3.6 spills in the heuristic\'s, too')
-def test_no_register_spills_in_what_was_tuned():
-  """Of heads of 128 in bfloat16, on a Hopper."""
-  cases = [c for c in selftest.tuned_cases('NVIDIA H200') if c.key_dim == c.value_dim == 128]
-  assert cases
-  for case in cases:
-    walk = 'pair' if case.blocks.pair else 'forward'
-    split = ', split' * bool(case.blocks.split)
-    names = ['prepare', f'{walk}{split}', f'{walk}, saving{split}', 'sweep', 'queries', 'keys']
-    names += ['sweep, residual'] * case.residual + ['transitions', 'combine'] * bool(split)
-    for name in names:
-      report = compiled(name, 90, case.delta, case.residual, case.blocks)
-      assert report.spill_bytes == 0, (str(case), name, report.log)
-
-
-def test_pairs_hand_over_in_order():
-  """A release and an acquire, and no loads that may see what was in memory before."""
-  ptx = compiled('pair', 90, delta=True, residual=True).ptx
-  assert '.release.' in ptx and '.acquire.' in ptx
-  assert 'ld.global.nc' not in ptx
+# --- pairs ---
 
 
 @triton.jit

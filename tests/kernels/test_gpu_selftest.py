@@ -73,7 +73,25 @@ def test_the_table_says_what_the_heuristic_does_not():
   for key in entries:
     asked = blocks.parsed_key(key)
     assert blocks.tuned_key(**asked) == key
-    assert blocks.choose('NVIDIA H200', **asked) != blocks.heuristic(**asked), key
+    call_ = {n: asked[n] for n in ('value_dim', 'heads', 'length')}
+    records = blocks.choose('NVIDIA H200', **asked), blocks.heuristic(**asked)
+    assert len({selftest.settled(record, **call_) for record in records}) == 2, key
+
+
+def test_parts_are_those_of_the_call():
+  """16 heads of 128, 32768 tokens, in 4 pieces; a narrow tile makes programs enough."""
+  call_ = {'value_dim': 128, 'heads': 16, 'length': 32768}
+  chosen = blocks.heuristic(
+    delta=True, residual=True, key_dim=128, dtype='bfloat16', **call_
+  )
+  assert selftest.parts(chosen, **call_) == (8, 8)
+  assert selftest.settled(chosen, **call_).split == 8
+  narrow = dataclasses.replace(chosen, forward=blocks.Kernel(16, 1, 3))
+  assert selftest.parts(narrow, **call_) == (1, 8)
+  assert selftest.settled(narrow, **call_).split == 8
+  fixed = dataclasses.replace(chosen, split=5)
+  assert selftest.parts(fixed, **call_) == (5, 5)
+  assert selftest.settled(fixed, **call_).split == 5
 
 
 def test_self_test_covers_candidates():

@@ -54,13 +54,23 @@ class Case:
     return f'{rule:18} {self.dtype:8} K {self.key_dim:3} V {self.value_dim:3} {self.source}'
 
 
+def parts(chosen: blocks.Blocks, *, value_dim, heads, length) -> tuple[int, int]:
+  """Into how many a call splits its sequences in the forward pass, and pieces in the backward."""
+  spans = length // (chosen.chunk * chosen.span)
+
+  def split(kernel, spans):
+    programs = heads * -(-value_dim // kernel.value)
+    return chosen.split or blocks.sequence_split(programs, spans, fill=chosen.fill)
+
+  return split(chosen.forward, spans), split(chosen.sweep, -(-spans // chosen.pieces))
+
+
 def settled(chosen: blocks.Blocks, *, value_dim, heads, length) -> blocks.Blocks:
   """The record with what a call decides by its heads written out: parts, if any, and pairs."""
-  programs = heads * -(-value_dim // chosen.forward.value)
-  spans = length // (chosen.chunk * chosen.span)
-  split = chosen.split or blocks.sequence_split(programs, spans, fill=chosen.fill)
+  split, back = parts(chosen, value_dim=value_dim, heads=heads, length=length)
   if not blocks.walks_in_pairs(chosen, value_dim=value_dim, heads=heads, split=split):
     chosen = dataclasses.replace(chosen, pair=None)
+  split = max(split, back)
   return dataclasses.replace(chosen, fill=0, split=split if split > 1 else None)
 
 
