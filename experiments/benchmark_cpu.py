@@ -37,12 +37,14 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ops_benchmark.timing import peak_bytes
 from tqdm import tqdm
 
 from rla_jax import ops
 from rla_jax.evaluation.provenance import commit
+from rla_jax.training import ConfigError
+from rla_jax.training.command_line import numbers, run
 
 FLAGS = flags.FLAGS
 LENGTHS = flags.DEFINE_list(
@@ -60,7 +62,7 @@ BUDGET = flags.DEFINE_float('budget', 3.0, 'seconds of timing a contender, lengt
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'least number of rounds', lower_bound=1)
 MEMORY = flags.DEFINE_float('memory', 6.0, 'GiB that a program may need')
 OUT = flags.DEFINE_string(
-  'out', str(pathlib.Path(__file__).parent / 'results'), 'folder of the CSV file and the figure'
+  'out', 'runs/benchmark_cpu', 'folder of the CSV file and the figure'
 )
 
 OPERATORS = {'additive': ops.residual_linear_attention, 'delta': ops.residual_delta_rule}
@@ -294,10 +296,10 @@ def main(_):
   for flag, names in known.items():
     unknown = sorted(set(FLAGS[flag].value) - set(names))
     if unknown:
-      raise app.UsageError(f'--{flag} has {unknown}; expected some of {names}')
-  lengths = [int(length) for length in LENGTHS.value]
+      raise ConfigError(f'--{flag} has {unknown}; expected some of {names}')
+  lengths = numbers(LENGTHS)
   if 'plain' in CONTENDERS.value and any(length % 64 for length in lengths):
-    raise app.UsageError(f'--lengths is {lengths}; the plain form takes multiples of 64')
+    raise ConfigError(f'--lengths is {lengths}; the plain form takes multiples of 64')
   folder, lines = pathlib.Path(OUT.value), []
   work = list(itertools.product(UPDATES.value, DIRECTIONS, lengths))
   with tqdm(work, disable=None) as progress:
@@ -310,4 +312,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  run(main)

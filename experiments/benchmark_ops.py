@@ -18,7 +18,8 @@ Contenders: 'triton' and 'chunked' (this library), 'cudnn' (flash attention from
 of its one-state kernels). What cannot run is named with its reason. How time is taken is told in
 `ops_benchmark/timing.py` and, for PyTorch, `ops_benchmark/peers.py`.
 
-Writes accuracy.csv, speed.csv, with --profile kernels.csv, and figures to --out. Rows carry date,
+Writes accuracy.csv, speed.csv, with --profile kernels.csv, and figures to --out; those of this
+repository are in experiments/results. Without a GPU it wants to be told --out. Rows carry date,
 commit, hardware, versions and command, and are written as they come: what is stopped keeps them,
 and --resume measures the rest. Sizes, lengths and operations are measured in the order in which
 they are given.
@@ -42,13 +43,15 @@ import time
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leaves memory for the peers
 
 import jax
-from absl import app, flags
+from absl import flags
 from ops_benchmark import accuracy, contenders, figures, timing
 from ops_benchmark.problem import OPERATIONS, Problem, on_device
 from ops_benchmark.rows import Rows
 from tqdm import tqdm
 
-FLAGS = flags.FLAGS
+from rla_jax.training import ConfigError
+from rla_jax.training.command_line import choices, numbers, run
+
 LIST = flags.DEFINE_list
 SUITES = LIST('suites', ['accuracy', 'speed', 'decode'], 'accuracy, speed, decode')
 CONTENDERS = LIST(
@@ -68,7 +71,7 @@ REPEATS = flags.DEFINE_integer('repeats', 7, 'samples of a median')
 PEER_SECONDS = flags.DEFINE_float('peer_seconds', None, 'stop the peers after so long')
 SECONDS = flags.DEFINE_float('seconds', None, 'start no measurement of ours after so long a suite')
 WORKERS = flags.DEFINE_integer('workers', 8, 'compilations at a time')
-OUT = flags.DEFINE_string('out', 'experiments/results', 'folder of the results')
+OUT = flags.DEFINE_string('out', 'runs/benchmark_ops', 'folder of the results')
 APPEND = flags.DEFINE_bool('append', False, 'keep the rows of older files')
 RESUME = flags.DEFINE_bool(
   'resume', False, 'keep them, and measure nothing again that this commit has measured here'
@@ -350,11 +353,13 @@ def measure_speed(chosen: list[Problem], seed: int, file: Rows) -> None:
 
 def main(argv):
   """Runs the suites; exits with 1 if a figure is over its bar."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments {argv[1:]}')
-  for flag in (SUITES, CONTENDERS, SELECTED, DIRECTIONS):  # by default all that there are
-    if unknown := sorted(set(flag.value) - set(flag.default)):
-      raise app.UsageError(f'--{flag.name} has {unknown}; expected some of {flag.default}')
+  del argv
+  choices(SUITES, CONTENDERS, SELECTED, DIRECTIONS)
+  for flag in (LENGTHS, SIZES, CHECKED_LENGTHS, CHECKED_SIZES):
+    numbers(flag)
+  platform = jax.default_backend()
+  if platform != 'gpu' and not flags.FLAGS['out'].present:
+    raise ConfigError(f'the platform is {platform!r}, no GPU; to benchmark that, give --out')
   source = provenance()
   print(source['hardware'], source['versions'], f'commit {source["commit"]}', sep=' | ')
   seed = SEED.value if SEED.value is not None else int.from_bytes(os.urandom(3), 'little')
@@ -372,4 +377,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  run(main)

@@ -25,6 +25,7 @@ _METRICS = flags.DEFINE_multi_string(
 def main(_):
   """Draws as the flags say."""
   draw(_RUNS.value, _OUTPUT.value, [panel.split(',') for panel in _METRICS.value])
+  print(f'written to {_OUTPUT.value}')
 
 
 if __name__ == '__main__':

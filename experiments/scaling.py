@@ -24,7 +24,7 @@ from absl import flags
 from rla_jax.evaluation.results import read_rows, write_rows
 from rla_jax.sharding import AXES
 from rla_jax.training import ConfigError, scaling
-from rla_jax.training.command_line import define_config, overrides, run, sizes_of
+from rla_jax.training.command_line import define_config, numbers, overrides, run, sizes_of
 from rla_jax.training.config import check
 from rla_jax.training.train import make_mesh
 
@@ -76,12 +76,12 @@ def _counts() -> list[int]:
   """Numbers of devices, in order.
 
   Raises:
-    ConfigError: more than there are.
+    ConfigError: more than there are, or no numbers.
   """
   most = jax.device_count()
   counts = [2**n for n in range(most.bit_length())]
   if _DEVICES.value is not None:
-    counts = sorted(map(int, _DEVICES.value))
+    counts = sorted(numbers(_DEVICES))
   if counts[-1] > most:
     raise ConfigError(f'--devices asks for {counts[-1]}; there are {most}')
   return counts

@@ -26,7 +26,7 @@ from sweeps.overrides import with_overrides
 from sweeps.runs import Run, Together, deadline, digest, train
 
 from rla_jax.training import ConfigError
-from rla_jax.training.command_line import run
+from rla_jax.training.command_line import choices, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = runpy.run_path(str(ROOT / 'configs' / 'state_tracking.py'))
@@ -66,8 +66,7 @@ def main(_):
 
 def sweep(root: pathlib.Path, curves: Curves) -> None:
   """Trains what is not finished, task by task."""
-  if unknown := [name for name in _RANGES.value if name not in RANGES]:
-    raise ConfigError(f'--ranges has {unknown[0]!r}; expected some of {", ".join(RANGES)}')
+  choices(_RANGES, _TASKS)
   try:
     seeds = [int(seed) for seed in _SEEDS.value]
   except ValueError as error:

@@ -29,12 +29,14 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from rla_jax import ops
 from rla_jax.evaluation.provenance import commit
 from rla_jax.ops.validate import canonicalise
+from rla_jax.training import ConfigError
+from rla_jax.training.command_line import choices, run
 
 FLAGS = flags.FLAGS
 LENGTH = flags.DEFINE_integer('length', 150, 'tokens of a sequence')
@@ -46,9 +48,7 @@ IMPLEMENTATIONS = flags.DEFINE_list(
 INTERPRET = flags.DEFINE_boolean(
   'interpret', False, 'run kernels that have no device through their interpreters (slow)'
 )
-OUT = flags.DEFINE_string(
-  'out', str(pathlib.Path(__file__).parent / 'results'), 'folder of the CSV file'
-)
+OUT = flags.DEFINE_string('out', 'runs/support_table', 'folder of the CSV file')
 
 OPERATORS = {'additive': ops.residual_linear_attention, 'delta': ops.residual_delta_rule}
 DECAYS = ('none', 'fixed', 'scalar', 'channel')
@@ -244,12 +244,10 @@ def _error(got, want):
 
 def main(_):
   """Fills the table, prints it, writes it."""
-  unknown = sorted(set(IMPLEMENTATIONS.value) - set(ops.IMPLEMENTATIONS))
-  if unknown:
-    raise app.UsageError(f'--implementations has {unknown}; expected {list(ops.IMPLEMENTATIONS)}')
+  choices(IMPLEMENTATIONS)
   wanted = INTERPRET.value and 'triton' in IMPLEMENTATIONS.value
   if wanted and not importlib.util.find_spec('triton'):
-    raise app.UsageError("--interpret needs Triton: pip install -e '.[test]'")
+    raise ConfigError("--interpret needs Triton: pip install -e '.[test]'")
   table = {row: {} for row in rows()}
   work = list(itertools.product(table, IMPLEMENTATIONS.value))
   with tqdm(work, unit='cell', disable=None) as progress:
@@ -268,4 +266,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  run(main)

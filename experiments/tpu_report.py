@@ -29,9 +29,11 @@ import signal
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 from tpu_schedule import figure, markdown, measure
 from tpu_schedule.table import ROOT, Table, commit_of, stamp
+
+from rla_jax.training.command_line import choices, numbers, run
 
 FLAGS = flags.FLAGS
 LIST, INT = flags.DEFINE_list, flags.DEFINE_integer
@@ -72,11 +74,10 @@ def main(argv):
   del argv
   # As an exception, so that a compiler which is running is ended too.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
-  for flag in (SUITE, RULES, DTYPES, PROGRAMS):  # by default all that there are
-    if unknown := sorted(set(flag.value) - set(flag.default)):
-      raise app.UsageError(f'--{flag.name} has {unknown}; expected some of {flag.default}')
+  choices(SUITE, RULES, DTYPES, PROGRAMS)
+  numbers(SIZES)
   if importlib.util.find_spec('libtpu') is None:  # else every case would be a row with that error
-    sys.exit("error: libtpu is not installed: pip install 'rla_jax[train,tpu]'")
+    sys.exit("error: libtpu is not installed: pip install -e '.[train,tpu]'")
   suites = {'kernels': report_kernels, 'step': report_step}
   pathlib.Path(OUT.value).mkdir(parents=True, exist_ok=True)
   failed = [line for suite in SUITE.value for line in suites[suite]()]
@@ -182,4 +183,4 @@ def _bar(done, total, what, left):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  run(main)

@@ -29,8 +29,12 @@ import time
 
 import jax
 import jax.numpy as jnp
-import triton
-from absl import app, flags
+
+try:
+  import triton
+except ModuleNotFoundError:
+  raise SystemExit("error: triton is not installed: pip install -e '.[cuda,train]'") from None
+from absl import flags
 from ops_benchmark import timing
 from ops_benchmark.problem import Problem, on_device
 from ops_benchmark.tuning_log import Log, named
@@ -39,6 +43,8 @@ from tqdm import tqdm
 from rla_jax.kernels.residual.gpu import blocks, call, selftest
 from rla_jax.kernels.residual.gpu import candidates as candidate_lists
 from rla_jax.kernels.residual.gpu.launch import is_hopper
+from rla_jax.training import ConfigError
+from rla_jax.training.command_line import choices, numbers, run
 
 LIST = flags.DEFINE_list
 RULES = LIST(
@@ -236,17 +242,16 @@ def tune(problem: Problem, log: Log, end: float, save) -> None:
 
 def main(argv):
   """Tunes every problem asked for."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  del argv
+  choices(RULES)
+  numbers(SIZES), numbers(LENGTHS)
   if unknown := set(PARTS.value) - set(candidate_lists.PARTS):
-    raise app.UsageError(f'--parts has {sorted(unknown)}; expected {candidate_lists.PARTS}')
-  if unknown := set(RULES.value) - set(OPERATIONS):
-    raise app.UsageError(f'--rules has {sorted(unknown)}; expected {sorted(OPERATIONS)}')
+    raise ConfigError(f'--parts has {sorted(unknown)}; expected {candidate_lists.PARTS}')
   jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(CACHE.value).expanduser()))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   device = jax.devices()[0]
   if device.platform not in ('gpu', 'cuda'):
-    raise app.UsageError(f'tuning needs an NVIDIA GPU; the platform is {device.platform}')
+    raise ConfigError(f'tuning needs an NVIDIA GPU; the platform is {device.platform}')
   path = pathlib.Path(OUT.value) if OUT.value else blocks.table_path(device.device_kind)
   sources = sorted(pathlib.Path(blocks.__file__).parent.glob('*.py'))
   digest = hashlib.sha256(b''.join(source.read_bytes() for source in sources)).hexdigest()[:12]
@@ -276,4 +281,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  run(main)

@@ -61,7 +61,10 @@ def make_mesh(
   known = math.prod(size for size in sizes if size != -1)
   sizes = [len(devices) // known if size == -1 else size for size in sizes]
   if math.prod(sizes) != len(devices):
-    raise ValueError(f'mesh is {asked}, which does not fill {len(devices)} devices')
+    needed = f'a multiple of {known}' if -1 in (data, fsdp, seq, tensor) else known
+    raise ValueError(
+      f'mesh is {asked}, which does not fill {len(devices)} devices; expected {needed} of them'
+    )
   types = (AxisType.Auto,) * len(AXES)
   try:
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)

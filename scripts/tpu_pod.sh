@@ -12,6 +12,8 @@
 set -euo pipefail
 slice=$1 zone=$2 config=$3 workdir=$4
 shift 4
+overrides=''
+[ $# -eq 0 ] || overrides=$(printf ' %q' "$@")
 exec gcloud compute tpus tpu-vm ssh "$slice" --zone="$zone" --worker=all --command="
   cd ~/rla_jax && exec python experiments/train.py --distributed \
-    --config='$config' --workdir='$workdir' --config.mesh.data=2 --config.mesh.fsdp=-1 $(printf '%q ' "$@")"
+    --config='$config' --workdir='$workdir' --config.mesh.data=2 --config.mesh.fsdp=-1$overrides"

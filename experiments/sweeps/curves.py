@@ -14,13 +14,16 @@ def read_known(path: str | None) -> list[dict]:
   """The records of an earlier sweep's curves.csv; none where there is no path.
 
   Raises:
-    ConfigError: no such file.
+    ConfigError: no such file, or no curves in it.
   """
   if not path:
     return []
   if not pathlib.Path(path).is_file():
     raise ConfigError(f'--known={path}: no such file')
-  return read_rows(pathlib.Path(path))
+  rows = read_rows(pathlib.Path(path))
+  if missing := {'epoch', 'learning_rate', 'seed'} - set(rows[0] if rows else ()):
+    raise ConfigError(f'--known={path} has no {min(missing)}; expected a curves.csv of a sweep')
+  return rows
 
 
 class Curves:

@@ -12,7 +12,10 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 
-from tqdm import tqdm
+try:
+  from tqdm import tqdm
+except ModuleNotFoundError as error:
+  raise ModuleNotFoundError("tqdm is not installed: pip install -e '.[train]'") from error
 
 from rla_jax.data.config import DataConfig
 

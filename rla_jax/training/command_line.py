@@ -68,6 +68,28 @@ def unknown_key(path: str, config: ConfigDict) -> str:
   return f'unknown config key {path!r}; {hint}'
 
 
+def numbers(flag: flags.FlagHolder) -> list[int]:
+  """The numbers of a list flag.
+
+  Raises:
+    ConfigError: one of them is no whole number above 0.
+  """
+  if wrong := [x for x in flag.value if not (x.isdecimal() and int(x))]:
+    raise ConfigError(f'--{flag.name} has {wrong[0]!r}; expected whole numbers with commas')
+  return [int(x) for x in flag.value]
+
+
+def choices(*holders: flags.FlagHolder) -> None:
+  """Checks list flags whose default is all that there is.
+
+  Raises:
+    ConfigError: one has something else.
+  """
+  for flag in holders:
+    if unknown := sorted(set(flag.value) - set(flag.default)):
+      raise ConfigError(f'--{flag.name} has {unknown[0]!r}; expected some of {flag.default}')
+
+
 def sizes_of(layout: str) -> dict[str, int]:
   """Sizes of all mesh axes of a layout that a flag writes as fsdp=-1,tensor=2; others are 1.
 

@@ -34,6 +34,8 @@ def draw(
   records = {}
   for folder in runs:
     path = pathlib.Path(folder) / 'metrics.jsonl'
+    if not path.parent.is_dir():
+      raise WorkdirError(f'{folder} does not exist')
     records[pathlib.Path(folder)] = read(path)
     if not records[pathlib.Path(folder)]:
       raise WorkdirError(f'{path} has no metrics')

@@ -164,11 +164,12 @@ def describe(
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   placed = jax.tree.map(lambda x: x.sharding, abstract.params)
   processes = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
+  few = ', fewer than a step takes' if corpus.train.num_tokens < tokens else ''
   return '\n'.join([
     sharding.table(abstract.params, placed),
     f'model    {parameters:,} parameters, {" ".join(model.config.pattern)} x '
     f'{model.config.num_layers // len(model.config.pattern)}',
-    f'data     {corpus.train.num_tokens:,} tokens to train on, '
+    f'data     {corpus.train.num_tokens:,} tokens to train on{few}, '
     f'{corpus.validation.num_tokens:,} held out, {corpus.tokenizer.name} tokenizer',
     f'devices  {jax.device_count()} {jax.devices()[0].device_kind}: {axes}{processes}',
     f'steps    {start} to {config.steps}, {tokens:,} tokens each',

@@ -176,7 +176,7 @@ def test_command_refuses_an_unknown_suite(tmp_path):
   environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert done.returncode == 1
-  assert "--suites has ['sped']; expected some of ['accuracy', 'speed', 'decode']" in done.stderr
+  assert "error: --suites has 'sped'; expected some of ['accuracy', " in done.stderr
 
 
 def test_command_writes_what_it_measured(tmp_path):

@@ -187,6 +187,10 @@ def test_a_width_is_finished_before_the_next(monkeypatch, tmp_path):
     flags.FLAGS([*arguments, f'--known={tmp_path}/no.csv'])
     with pytest.raises(ConfigError, match=r'no\.csv: no such file'):
       mqar_sweep.main(None)
+    other = ROOT / 'experiments' / 'results' / 'speed.csv'
+    flags.FLAGS([*arguments, f'--known={other}'])
+    with pytest.raises(ConfigError, match=r'speed\.csv has no epoch; expected a curves\.csv'):
+      mqar_sweep.main(None)
 
 
 def test_a_run_names_the_commits_of_all_calls_that_trained_it(monkeypatch, tmp_path):

@@ -87,7 +87,7 @@ def test_the_command_trains_once_and_writes_its_table(tmp_path, capsys):
     state_tracking_sweep.main(None)
     known = capsys.readouterr().out
     flags.FLAGS([*arguments, '--ranges=3'])
-    with pytest.raises(ConfigError, match="--ranges has '3'; expected some of 1, 2"):
+    with pytest.raises(ConfigError, match="--ranges has '3'; expected some of"):
       state_tracking_sweep.main(None)
   assert first.count(': finished in') == 4 and again.count(': finished before') == 4
   assert known.count(': finished before') == 4

@@ -159,7 +159,7 @@ def test_a_report_that_is_stopped_ends_its_compiler(tmp_path, monkeypatch):
 def test_report_refuses_an_unknown_rule(tmp_path):
   done = run('tpu_report.py', '--rules=rla,foo', f'--out={tmp_path}')
   assert done.returncode == 1
-  assert "--rules has ['foo']; expected some of ['rla', 'rdn', 'gla', 'gdn']" in done.stderr
+  assert "error: --rules has 'foo'; expected some of ['rla', 'rdn', 'gla', 'gdn']" in done.stderr
   assert not list(tmp_path.iterdir())
 
 

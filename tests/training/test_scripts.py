@@ -3,6 +3,7 @@
 import csv
 import pathlib
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -23,6 +24,21 @@ def test_script(path):
   keys = re.findall(r'--config\.([\w.]+)=', text)
   assert set(keys) <= set(leaves(get_config()))
   assert ('--distributed' in text) == (path.name != 'gpu_node.sh')
+
+
+@pytest.mark.parametrize('overrides', [[], ['--config.steps=5', "--config.data.path=my text/*.xz"]])
+def test_the_pod_s_script_passes_overrides_on(overrides, tmp_path):
+  program = tmp_path / 'gcloud'
+  program.write_text('#!/bin/sh\nfor last; do :; done\nprintf %s "$last"\n')
+  program.chmod(0o755)
+  done = subprocess.run(
+    ['bash', ROOT / 'scripts/tpu_pod.sh', 'slice', 'zone', 'config.py', '/mnt/run', *overrides],
+    env={'PATH': f'{tmp_path}:/usr/bin:/bin'}, check=True, capture_output=True, text=True,
+  )  # fmt: skip
+  *_, command = done.stdout.partition('train.py')
+  given = ['--distributed', '--config=config.py', '--workdir=/mnt/run']
+  mesh = ['--config.mesh.data=2', '--config.mesh.fsdp=-1']
+  assert shlex.split(command) == [*given, *mesh, *overrides]
 
 
 def test_the_page_s_table_is_the_compiler_s():

@@ -20,7 +20,7 @@ def test_mesh_fills_the_devices():
   assert dict(sharding.make_mesh().shape) == {'data': 8, 'fsdp': 1, 'seq': 1, 'tensor': 1}
   mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2)
   assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'seq': 1, 'tensor': 2}
-  with pytest.raises(ValueError, match='does not fill 8 devices'):
+  with pytest.raises(ValueError, match='does not fill 8 devices; expected'):
     sharding.make_mesh(data=3, fsdp=-1)
 
 
