@@ -138,8 +138,10 @@ def measure(config: ConfigDict, mesh: Mesh, peak: Peak | None = None) -> Fit:
   config, device = settled(config, mesh), mesh.devices.flat[0]
   peak = peak or peak_of(device)
   if peak is None:
-    raise ConfigError(f'the peak rates of {device.device_kind!r} are not known: expected a TPU or '
-                      'GPU of rla_jax/training/utilisation.py, where others can be added')  # fmt: skip
+    raise ConfigError(
+      f'the peak rates of {device.device_kind!r} are not known: expected a TPU or GPU of '
+      'rla_jax/training/utilisation.py, where others can be added'
+    )
   try:
     traced = ahead_of_time.trace_training_step(config, mesh)
   except ValueError as error:
