@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,8 +100,38 @@ def test_a_missing_package_is_told_with_the_extra_that_has_it(missing, module, e
   result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
   assert result.returncode != 0
   assert result.stderr.strip().splitlines()[-1] == (
-    f"ModuleNotFoundError: {missing} is not installed: pip install 'rla_jax[{extra}]'"
+    f"ModuleNotFoundError: {missing} is not installed: pip install -e '.[{extra}]'"
   )
+
+
+def test_the_self_test_as_a_program_tells_of_a_missing_package_in_one_line():
+  program = (
+    'import runpy, sys; sys.modules["triton"] = None;'
+    'runpy.run_module("rla_jax.kernels.residual.gpu.selftest", run_name="__main__")'
+  )
+  result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
+  assert result.returncode == 2
+  assert result.stderr == "error: triton is not installed: pip install -e '.[cuda]'\n"
+
+
+def test_messages_name_extras_as_the_readme_does():
+  """The package is installed from its sources: `pip install -e '.[cuda]'`."""
+  found = subprocess.run(
+    ['git', 'grep', '-nE', r'rla[-_]jax\[[a-z,]+\]', '--', 'rla_jax', 'kernels', 'docs', 'tests',
+     ':!rla_jax/evaluation', ':!tests/evaluation', ':!docs/evaluation.md'],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert (found.returncode, found.stdout) == (1, '')  # 1: nothing found
+
+
+def test_the_docstring_and_the_readme_name_what_the_base_install_needs():
+  import rla_jax
+
+  setup = (ROOT / 'setup.py').read_text(encoding='utf-8')
+  names = re.findall(r"'([a-z]+)>=", re.search(r'install_requires=\[(.*)\]', setup)[1])
+  for text in (rla_jax.__doc__, (ROOT / 'README.md').read_text(encoding='utf-8')):
+    needs = re.search(r'needs ([a-z, ]+?) only', ' '.join(text.split()))[1]
+    assert sorted(re.split(', | and ', needs)) == sorted(names)
 
 
 def test_kernels_refuse_to_be_imported_under_another_name():

@@ -11,7 +11,7 @@ from rla_jax.data.packing import Batch, Packing, pack
 try:
   import grain
 except ModuleNotFoundError as error:
-  raise ModuleNotFoundError("grain is not installed: pip install 'rla_jax[train]'") from error
+  raise ModuleNotFoundError("grain is not installed: pip install -e '.[train]'") from error
 
 # Rows of a training run, beyond any: a million a second for 140 years. Grain's own endless repeat
 # overflows when it is batched by one, since the length of a batched dataset passes through a float.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from rla_jax.layers.cache import AttentionCache, last_segment
+from rla_jax.layers.cache import AttentionCache, check_call, last_segment
 from rla_jax.layers.rope import rotate
 from rla_jax.layers.settings import DEFAULT_INIT, check_choices, check_positive_int
 from rla_jax.layers.split import divide
@@ -89,10 +89,11 @@ class Attention(AttentionSettings, nn.Module, kw_only=True):
       y [B, T, D] in `dtype`; with a cache, (y, the cache after the last token).
 
     Raises:
-      ValueError: an input of another rank; a bad attribute.
+      ValueError: an input or a cache of another shape or dtype; a bad attribute.
     """
-    if x.ndim != 3:
-      raise ValueError(f'x has shape {x.shape}; expected 3 dimensions [B, T, D]')
+    # Without a window, whoever made the cache chose how many tokens it holds.
+    held = cache.key.shape[1] if isinstance(cache, AttentionCache) else 1
+    check_call(x, segment_ids, cache, lambda batch_size: self.init_cache(batch_size, held))
     if x.shape[1] == 0 and cache is not None:
       return x, cache
     dtype = jnp.dtype(self.dtype or x.dtype)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rla_jax.layers.cache import last_segment
+from rla_jax.layers.cache import check_call, last_segment
 from rla_jax.layers.conv import init_taps, next_tail, short_convolution
 from rla_jax.layers.settings import DEFAULT_INIT, check_positive_int
 from rla_jax.ops.segments import count_segments
@@ -62,6 +62,7 @@ class BaseConv(nn.Module):
     cache: ConvolutionCache | None = None,
   ) -> Float[Array, 'B T D'] | tuple[Float[Array, 'B T D'], ConvolutionCache]:
     """Mixes neighbouring tokens; arguments and results as for `RecurrentLayer`."""
+    check_call(x, segment_ids, cache, self.init_cache)
     dtype, D = jnp.dtype(self.dtype or x.dtype), x.shape[-1]
     weights = {
       'gate_proj': (self.kernel_init, (D, D)),

@@ -11,6 +11,7 @@ differs from the last one seen, a new document starts and nothing of the old one
 ids the call continues the document it is in.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from rla_jax.ops import ResidualState
 from rla_jax.ops.segments import count_segments
+from rla_jax.ops.validate import check_array, check_segment_ids
 from rla_jax.shapes import Array, Float, Int, Segments
 
 
@@ -80,3 +82,38 @@ class AttentionCache(NamedTuple):
 def last_segment(segment_ids: Segments | None, cache) -> Int[Array, ' B']:
   """Id of the document that a call leaves open."""
   return cache.segment if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)
+
+
+def check_call(x, segment_ids, cache, init_cache: Callable[[int], tuple]) -> None:
+  """Checks the arguments of a layer by their shapes and dtypes alone, so for nothing under jit.
+
+  Args:
+    x: expected floating [B, T, D].
+    segment_ids: expected integers [B, T], or None.
+    cache: expected as `init_cache` makes it, or None.
+    init_cache: the cache of so many sequences.
+
+  Raises:
+    ValueError: one of the three is something else; names it.
+  """
+  check_array('x', x, 'B, T, D')
+  batch_size, length, _ = x.shape
+  if segment_ids is not None:
+    check_segment_ids(segment_ids, (batch_size, length))
+  if cache is None:
+    return
+  fresh = jax.eval_shape(lambda: init_cache(batch_size))
+  if not isinstance(cache, type(fresh)):
+    raise ValueError(f'cache has type {type(cache).__name__}; expected {type(fresh).__name__}')
+  given, expected = _leaf_shapes(cache), _leaf_shapes(fresh)
+  for leaf in expected | given:
+    was, wanted = (shapes.get(leaf, 'no array') for shapes in (given, expected))
+    if was != wanted:
+      raise ValueError(
+        f'cache{leaf} has {was}; expected {wanted}, as of init_cache({batch_size}) of this layer'
+      )
+
+
+def _leaf_shapes(tree) -> dict[str, str]:
+  leaves, _ = jax.tree.flatten_with_path(tree)
+  return {jax.tree_util.keystr(path): f'shape {jnp.shape(leaf)}' for path, leaf in leaves}

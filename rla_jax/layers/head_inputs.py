@@ -67,7 +67,7 @@ def explain_kernel(s: Settings, name: str, length: int, dtype) -> str | None:
   if current_platform() not in ('gpu', 'cuda'):
     return f'it runs on NVIDIA GPUs; the platform is {current_platform()!r}'
   if importlib.util.find_spec('jax_triton') is None:
-    return 'jax-triton is not installed (pip install "rla-jax[cuda]")'
+    return "jax-triton is not installed (pip install -e '.[cuda]')"
   if s.conv_width is None:
     return 'it is one with the convolution, and the layer has none'
   if s.rope_base is not None and name != 'v':

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rla_jax.layers import recurrent
-from rla_jax.layers.cache import RecurrentCache
+from rla_jax.layers.cache import RecurrentCache, check_call
 from rla_jax.layers.settings import Settings
 from rla_jax.shapes import Array, Float, Segments
 
@@ -37,10 +37,9 @@ class RecurrentLayer(Settings, nn.Module, kw_only=True):
       y [B, T, D] in `dtype`; with a cache, (y, the cache after the last token).
 
     Raises:
-      ValueError: an input of another rank; a bad attribute.
+      ValueError: an input or a cache of another shape or dtype; a bad attribute.
     """
-    if x.ndim != 3:
-      raise ValueError(f'x has shape {x.shape}; expected 3 dimensions [B, T, D]')
+    check_call(x, segment_ids, cache, self.init_cache)
     settings = self.plain()
     params = {
       name: self.param(name, init, shape, self.param_dtype)

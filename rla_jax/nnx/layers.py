@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rla_jax.layers import recurrent
-from rla_jax.layers.cache import RecurrentCache
+from rla_jax.layers.cache import RecurrentCache, check_call
 from rla_jax.layers.settings import Settings, check_keys
 from rla_jax.shapes import Array, Float, Segments
 
@@ -59,11 +59,10 @@ class RecurrentLayer(nnx.Module):
       y [B, T, D] in `dtype`; given a plain cache, (y, the cache after the last token).
 
     Raises:
-      ValueError: an input of another rank.
+      ValueError: an input or a cache of another shape or dtype.
     """
-    if x.ndim != 3:
-      raise ValueError(f'x has shape {x.shape}; expected 3 dimensions [B, T, D]')
     held = cache.get_value() if isinstance(cache, DecodeCache) else cache
+    check_call(x, segment_ids, held, self.init_cache)
     names = recurrent.parameters(self.settings, x.shape[-1])
     params = {name: getattr(self, name).get_value() for name in names}
     y, new = recurrent.mix(self.settings, params, x, segment_ids, held)

@@ -295,7 +295,9 @@ def _compute(inputs: Inputs, run: Callable, options: Options):
 
 def _abstractly(question: Callable[[Inputs, Options], object], operator, args, kwargs):
   """Asks a question about a call without computing anything."""
-  name = operator if isinstance(operator, str) else operator.__name__
+  name = operator
+  if not isinstance(operator, str):
+    name = getattr(operator, '__name__', type(operator).__name__)
   if name not in _UPDATES:
     raise ValueError(f'operator is {name!r}; expected one of {list(_UPDATES)}')
   defaults = {

@@ -16,7 +16,7 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
   if platform not in ('gpu', 'cuda'):
     return f'the Triton kernels run on NVIDIA GPUs; the platform is {platform!r}'
   if importlib.util.find_spec('jax_triton') is None:
-    return 'jax-triton is not installed (pip install "rla-jax[cuda]")'
+    return "jax-triton is not installed (pip install -e '.[cuda]')"
   if inputs.v.ndim == 3:  # one token: the decode kernel has both read-outs
     options = dataclasses.replace(options, readout='gated')
   return kernel_call.unsupported(PACKAGE, inputs, options)

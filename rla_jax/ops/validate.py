@@ -23,9 +23,7 @@ def canonicalise(
   log_decay, beta, gamma = _gates(v, log_decay, beta, gamma, gate, K)
   state = _state(initial_state, (B, H, K, V), gamma, v)
   if segment_ids is not None:
-    _check_shape('segment_ids', segment_ids, (B, T), '[B, T]')
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-      raise ValueError(f'segment_ids has dtype {segment_ids.dtype}; expected an integer dtype')
+    check_segment_ids(segment_ids, (B, T))
     segment_ids = count_segments(jnp.asarray(segment_ids))
   q, k, v = _promote(q, k, v)
   return vary_alike(Inputs(q, k, v, log_decay, beta, gamma, state, segment_ids)), options
@@ -42,6 +40,23 @@ def canonicalise_step(
   state = _state(state, (B, H, K, V), gamma, v, name='state')
   q, k, v = _promote(q, k, v)
   return vary_alike(Inputs(q, k, v, log_decay, beta, gamma, state, None)), options
+
+
+def check_array(name: str, x, axes: str) -> None:
+  """Raises ValueError unless x is a floating array with as many axes as are named: 'B, T, D'."""
+  if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
+    raise ValueError(f'{name} is a {type(x).__name__}; expected an array [{axes}]')
+  rank = axes.count(',') + 1
+  if len(x.shape) != rank:
+    raise ValueError(f'{name} has shape {x.shape}; expected {rank} dimensions [{axes}]')
+  _check_floating(name, x)
+
+
+def check_segment_ids(segment_ids, shape: tuple[int, int]) -> None:
+  """Raises ValueError unless the ids are integers of this shape (B, T)."""
+  _check_shape('segment_ids', segment_ids, shape, '[B, T]')
+  if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+    raise ValueError(f'segment_ids has dtype {segment_ids.dtype}; expected an integer dtype')
 
 
 def _options(update, clip, readout, chunk_size, finite=False):
@@ -66,17 +81,9 @@ def _options(update, clip, readout, chunk_size, finite=False):
 
 def _heads_of(q, k, v, lead):
   """Checks q, k and v against each other; returns their leading sizes and the value heads."""
-  rank = len(lead) + 2
   lead_text = ', '.join(lead)
   for name, x, tail in (('q', q, 'G, K'), ('k', k, 'G, K'), ('v', v, 'H, V')):
-    if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
-      raise ValueError(f'{name} is a {type(x).__name__}; expected an array [{lead_text}, {tail}]')
-    if x.ndim != rank:
-      raise ValueError(
-        f'{name} has shape {x.shape}; expected {rank} dimensions [{lead_text}, {tail}]'
-      )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(f'{name} has dtype {x.dtype}; expected a floating dtype')
+    check_array(name, x, f'{lead_text}, {tail}')
   if q.shape != k.shape:
     raise ValueError(f'q has shape {q.shape} and k has shape {k.shape}; expected equal shapes')
   if v.shape[:-2] != k.shape[:-2]:
@@ -145,8 +152,8 @@ def _promote(q, k, v):
 def _check_shape(name, x, shape, axes):
   got = getattr(x, 'shape', None)
   if got != shape:
-    shown = type(x).__name__ if got is None else f'shape {got}'
-    raise ValueError(f'{name} has {shown}; expected {axes} = {shape}')
+    shown = f'is a {type(x).__name__}' if got is None else f'has shape {got}'
+    raise ValueError(f'{name} {shown}; expected {axes} = {shape}')
 
 
 def _check_floating(name, x):

@@ -46,7 +46,7 @@ def described_devices(topology: str) -> Sequence[jax.Device]:
   except RuntimeError as error:
     raise ConfigError(
       f'topology is {topology!r}; expected a slice that libtpu knows, as v5e:16x16 '
-      f'(pip install rla-jax[tpu]): {" ".join(str(error).split())[:200]}'
+      f"(pip install -e '.[tpu]'): {' '.join(str(error).split())[:200]}"
     ) from error
 
 

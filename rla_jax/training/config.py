@@ -20,7 +20,7 @@ try:
   from ml_collections import ConfigDict, config_dict
 except ModuleNotFoundError as error:
   raise ModuleNotFoundError(
-    "ml_collections is not installed: pip install 'rla_jax[train]'"
+    "ml_collections is not installed: pip install -e '.[train]'"
   ) from error
 
 # Keys without effect on the trained parameters: they may change when a run is restarted.

@@ -62,9 +62,9 @@ def described_devices(topology: str) -> Sequence[jax.Device]:
     )
   if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)):
     raise ConfigError(
-      f'topology is {topology!r}, which needs JAX\'s compiler for CUDA, though no GPU: '
-      'pip install rla-jax[cuda]'
-    )  # fmt: skip
+      f"topology is {topology!r}, which needs JAX's compiler for CUDA, though no GPU: "
+      "pip install -e '.[cuda]'"
+    )
   name, count = found.groups()
   return topologies.get_topology_desc(
     platform='cuda', topology=f'1x1x{count}', target_config=_target(GPUS[name])

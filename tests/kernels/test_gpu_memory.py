@@ -38,7 +38,7 @@ print(timing.peak_bytes(compiled) / (8 * problem.qkvo_bytes))
 
 @pytest.mark.skipif(
   not any(map(importlib.util.find_spec, ('jax_cuda13_plugin', 'jax_cuda12_plugin'))),
-  reason='no compiler for GPUs: pip install rla-jax[cuda]',
+  reason="no compiler for GPUs: pip install -e '.[cuda]'",
 )
 @pytest.mark.parametrize(
   ('operation', 'batch', 'length', 'most'),

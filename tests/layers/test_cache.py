@@ -103,3 +103,43 @@ def test_a_full_attention_cache_answers_nan():
   assert np.isnan(apply(variables, x[:, :1], None, cache)[0]).all()
   with pytest.raises(ValueError, match='max_length is None'):
     layer.init_cache(2)
+
+
+@pytest.mark.parametrize('name', ['rdn', 'attention', 'sliding_window_attention', 'base_conv'])
+def test_bad_calls_name_the_argument(name):
+  layer, x, ids = helpers.make(name), helpers.inputs(5), jnp.zeros((2, 5), jnp.int32)
+  variables = {'params': helpers.init(layer)}
+  cache, other = layer.init_cache(2, 9), layer.init_cache(3, 9)
+  kind = type(cache).__name__
+  wrong = [
+    ((x[0],), r'^x has shape \(5, 24\); expected 3 dimensions \[B, T, D\]'),
+    (([1.0],), r'^x is a list; expected an array \[B, T, D\]'),
+    ((ids[..., None],), '^x has dtype int32; expected a floating dtype'),
+    ((x, cache), rf'^segment_ids is a {kind}; expected \[B, T\] = \(2, 5\)'),
+    ((x, ids[0]), r'^segment_ids has shape \(5,\); expected \[B, T\] = \(2, 5\)'),
+    ((x, x[..., 0]), '^segment_ids has dtype float32; expected an integer dtype'),
+    ((x, None, ids), f'^cache has type ArrayImpl; expected {kind}'),
+    ((x, None, other), r'^cache\.\S+ has shape \(3, .*; expected shape \(2, .* init_cache\(2\)'),
+  ]
+  for arguments, message in wrong:
+    with pytest.raises(ValueError, match=message):
+      layer.apply(variables, *arguments)
+
+
+def test_a_cache_of_another_layer_is_refused():
+  x = helpers.inputs(5)
+  rdn, gdn = helpers.make('rdn'), helpers.make('gdn')
+  for layer, other, message in (
+    (rdn, gdn, r'cache\.state\.residual has no array; expected shape \(2, 4, 8, 8\)'),
+    (gdn, rdn, r'cache\.state\.residual has shape \(2, 4, 8, 8\); expected no array'),
+    (rdn, helpers.make('attention'), 'cache has type AttentionCache; expected RecurrentCache'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      layer.apply({'params': helpers.init(layer)}, x, None, other.init_cache(2, 9))
+
+
+def test_a_cache_under_vmap():
+  layer, x = helpers.make('rdn'), helpers.inputs(5)
+  variables, one = {'params': helpers.init(layer)}, layer.init_cache(1)
+  each = jax.vmap(lambda x: layer.apply(variables, x[None], None, one)[0][0])
+  assert helpers.error(jax.jit(each)(x), jax.jit(layer.apply)(variables, x)) < 2e-6

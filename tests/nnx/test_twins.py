@@ -67,6 +67,14 @@ def test_bad_arguments():
   with pytest.raises(ValueError, match="ResidualDeltaNet has no 'clp'; did you mean 'clip'"):
     nnx.ResidualDeltaNet(8, rngs=flax_nnx.Rngs(0), clp=1)
   twin = nnx.ResidualDeltaNet(8, rngs=flax_nnx.Rngs(0), num_heads=2, head_dim=4)
+  x, cache = jnp.ones((2, 3, 8)), twin.init_cache(2)
+  for held in (cache, nnx.DecodeCache(cache)):
+    with pytest.raises(ValueError, match=r'^segment_ids is a \w+Cache; expected \[B, T\]'):
+      twin(x, held)
+    with pytest.raises(ValueError, match=r'^cache\.\S+ has shape \(2, .* init_cache\(1\)'):
+      twin(x[:1], cache=held)
+  with pytest.raises(ValueError, match=r'^x has dtype int32; expected a floating dtype'):
+    twin(x.astype(int))
   params = flax_nnx.to_pure_dict(flax_nnx.state(twin, flax_nnx.Param))
   with pytest.raises(ValueError, match=r"'q_proj'.* has shape .*expected"):
     nnx.load_linen_params(twin, params | {'q_proj': jnp.ones((1, 1))})

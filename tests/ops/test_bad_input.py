@@ -39,7 +39,7 @@ WRONG = [
   ('v is complex', {'v': jnp.ones((B, T, H, V), complex)}, ['v has dtype complex64', 'floating']),
   ('beta a key head', {'beta': jnp.ones((B, T, G))},
    ['beta has shape (2, 6, 2)', '[B, T, H] = (2, 6, 4)']),
-  ('beta is a number', {'beta': 0.5}, ['beta has float', '[B, T, H] = (2, 6, 4)']),
+  ('beta is a number', {'beta': 0.5}, ['beta is a float', '[B, T, H] = (2, 6, 4)']),
   ('beta is boolean', {'beta': jnp.ones((B, T, H), bool)}, ['beta has dtype bool', 'floating']),
   ('gamma with heads first', {'gamma': jnp.ones((B, H, T))},
    ['gamma has shape (2, 4, 6)', '[B, T, H] = (2, 6, 4)']),
@@ -210,6 +210,8 @@ def test_a_sequence_is_tried_in_order():
     assert chosen == 'reference'
   with pytest.raises(ValueError, match="operator is 'attention'"):
     ops.select_implementation('attention', *GOOD.values())
+  with pytest.raises(ValueError, match=r"operator is 'ArrayImpl'; expected one of \['residual_li"):
+    ops.select_implementation(*GOOD.values())
   with pytest.raises(ValueError, match=r"unknown arguments \['clipping'\]"):
     ops.explain_implementations('residual_delta_rule', *GOOD.values(), clipping=1.0)
 

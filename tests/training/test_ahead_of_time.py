@@ -211,5 +211,5 @@ def test_what_libtpu_refuses_is_one_line(said, monkeypatch):
 
 def test_a_compiler_for_gpus_that_is_missing_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ConfigError, match=r'h200:8.* needs .* pip install rla-jax\[cuda\]'):
+  with pytest.raises(ConfigError, match=r"h200:8.* needs .* pip install -e '\.\[cuda\]'"):
     gpus.described_devices('h200:8')

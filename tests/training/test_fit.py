@@ -112,7 +112,7 @@ def test_the_program_compiles_for_slices_that_are_not_there(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(
   not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)),
-  reason="JAX's compiler for CUDA is not installed (pip install rla-jax[cuda])",
+  reason="JAX's compiler for CUDA is not installed (pip install -e '.[cuda]')",
 )
 def test_the_program_compiles_for_gpus_that_are_not_there(tmp_path):
   """With the Triton kernels, whose products are counted as what the recurrence needs."""

@@ -6,7 +6,8 @@ problems, and values and gradients are held against the recurrence in float64, t
 decode step and the layers' short convolution likewise; on several GPUs also that a sharded call
 gathers nothing.
 
-Prints a table; exits with 1 and names the Triton version if anything is wrong.
+Prints a table; exits with 1 and names the Triton version if anything is wrong, and with 2 where
+Triton or the GPU is missing.
 """
 
 import argparse
@@ -22,7 +23,11 @@ import numpy as np
 try:
   import triton
 except ModuleNotFoundError as error:
-  raise ModuleNotFoundError("triton is not installed: pip install 'rla_jax[cuda]'") from error
+  message = "triton is not installed: pip install -e '.[cuda]'"
+  if __name__ == '__main__':
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
+  raise ModuleNotFoundError(message) from error
 
 from rla_jax.kernels.residual import judge
 from rla_jax.kernels.residual.gpu import blocks, call, candidates, step
