@@ -4,7 +4,7 @@
     python experiments/tpu_report.py --topologies=v5e:2x2 --sizes=128 --dtypes=bfloat16 --rules=rdn
     python experiments/tpu_report.py --suite=step      # the 1.5B training step alone
 
-Needs `pip install 'rla-jax[train,tpu]'` and no TPU: libtpu compiles for a described topology on any
+Needs `pip install -e '.[train,tpu]'` and no TPU: libtpu compiles for a described topology on any
 host. Nothing is run (docs/tpu.md says what that means).
 
 Suite `kernels`: every kernel, the kernel of one decode step, and beside them the same operator by
