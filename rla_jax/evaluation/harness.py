@@ -163,7 +163,8 @@ def evaluate(
     return [], dict.fromkeys(tasks, 'no data_dir is given')
   go_offline()
   with tempfile.TemporaryDirectory() as folder:
-    written, skipped = local_tasks.write(folder, settings.data_dir, tasks)
+    written, absent, damaged = local_tasks.write(folder, settings.data_dir, tasks)
+    skipped = absent | damaged
     if not written:
       return [], skipped
     lm = RlaJaxLM(

@@ -6,11 +6,14 @@
 
 All flags are the harness's, but for two: `--workdir` is short for the model and its argument, and
 the sets in the folder `--data_dir` become tasks, in place of the harness's own of the same name
-(`rla_jax.evaluation.local_tasks` lists them).
+(`rla_jax.evaluation.local_tasks` lists them). A set that cannot be used is no task, and an error if
+`--tasks` names it.
 """
 
 import argparse
+import fnmatch
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   elif rest[:1] not in (['ls'], ['validate']):
     _check(ours, rest)
   if importlib.util.find_spec('lm_eval') is None:
-    sys.exit("error: lm_eval is not installed: pip install 'rla_jax[eval]'")
+    sys.exit("error: lm_eval is not installed: pip install -e '.[eval]'")
   from lm_eval.__main__ import cli_evaluate
 
   from rla_jax.evaluation import harness
@@ -47,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   with tempfile.TemporaryDirectory() as folder:
     try:
       if ours.data_dir is not None:
-        _, skipped = local_tasks.write(folder, ours.data_dir)
-        for task, reason in skipped.items():
-          print(f'no task {task}: {reason}', file=sys.stderr)
+        write_tasks(folder, ours.data_dir, rest)
         rest += ['--include_path', folder]
       sys.argv = ['lm_eval', *rest]
       cli_evaluate()
@@ -59,6 +60,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
       if not str(error).startswith('Tasks not found'):
         raise
       sys.exit(f'error: {error}; `ls tasks` lists those of the harness')
+
+
+def write_tasks(
+  folder: str | os.PathLike, data_dir: str | os.PathLike, arguments: Sequence[str]
+) -> None:
+  """Writes the tasks that --tasks names; all, if it names others too or is not given.
+
+  Names on stderr what is not written.
+
+  Args:
+    folder: where to; exists.
+    data_dir: folder of the sets.
+    arguments: of the harness.
+
+  Raises:
+    DataError: a set that is named cannot be used: the harness would take its own instead.
+  """
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument('--tasks', '-t', nargs='+', action='extend', default=[])
+  given = [name for word in parser.parse_known_args(arguments)[0].tasks for name in word.split(',')]
+  named = {name: fnmatch.filter(local_tasks.TASKS, name) for name in given}
+  ours = [task for task in local_tasks.TASKS if any(task in tasks for tasks in named.values())]
+  all_ours = bool(named) and all(named.values())
+  _, absent, damaged = local_tasks.write(folder, data_dir, ours if all_ours else None)
+  for task, reason in (absent | damaged).items():
+    if task in damaged and task in ours:
+      raise DataError(reason)
+    print(f'no task {task}: {reason}', file=sys.stderr)
 
 
 def _check(ours: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from rla_jax.data import DataError
 from rla_jax.evaluation import records
 
 
@@ -24,19 +25,21 @@ class LocalTask:
     files: names of its set, without suffix.
     columns: that the set must have.
     fields: of the harness's YAML.
+    values: see `records.read`.
   """
 
   files: tuple[str, ...]
   columns: tuple[str, ...]
   fields: dict[str, Any]
+  values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
-def _choices(files, columns, text, target, choice, *metrics) -> LocalTask:
+def _choices(files, columns, text, target, choice, *metrics, values=None) -> LocalTask:
   metrics = [{'metric': m, 'aggregation': 'mean', 'higher_is_better': True} for m in metrics]
   return LocalTask(files, columns, {
     'output_type': 'multiple_choice', 'doc_to_text': text, 'doc_to_target': target,
     'doc_to_choice': choice, 'metric_list': metrics,
-  })  # fmt: skip
+  }, values or {})  # fmt: skip
 
 
 def _recall(files, columns, text, answers) -> LocalTask:
@@ -84,6 +87,7 @@ TASKS = {
   'boolq': _choices(
     ('boolq',), ('passage', 'question', 'answer'),
     '{{passage}}\nQuestion: {{question}}?\nAnswer:', '{{answer|int}}', ['no', 'yes'], 'acc',
+    values={'answer': ('false', 'true', '0', '1')},  # Anything that is no number would be a no.
   ),
   'openbookqa': _choices(
     ('openbookqa',), ('question_stem', 'choices', 'answerKey'), '{{question_stem}}',
@@ -138,8 +142,8 @@ def contains(text: str, answers: Sequence[str]) -> float:
 
 def write(
   folder: str | os.PathLike, data_dir: str | os.PathLike, names: Sequence[str] | None = None
-) -> tuple[list[str], dict[str, str]]:
-  """Writes the YAML files of the tasks whose sets are there.
+) -> tuple[list[str], dict[str, str], dict[str, str]]:
+  """Writes the YAML files of the tasks whose sets are there and can be used.
 
   Args:
     folder: where to; exists.
@@ -147,24 +151,29 @@ def write(
     names: tasks; None: all.
 
   Returns:
-    The tasks that were written, and those that were not with the reason of each.
+    The tasks that were written; with the reason of each, those whose set is absent, and those whose
+    set is damaged, empty, or has other columns or values.
 
   Raises:
-    DataError: data_dir is no folder; a set is damaged, empty or has other columns.
+    DataError: data_dir is no folder.
   """
   folder = pathlib.Path(folder)
-  written, skipped = [], {}
+  written, absent, damaged = [], {}, {}
   for name in TASKS if names is None else names:
     task = TASKS[name]
     path = records.find(data_dir, *task.files)
     if path is None:
-      skipped[name] = f'{data_dir} has no {task.files[0]}.jsonl (.xz, .gz)'
+      absent[name] = records.absent(data_dir, *task.files)
       continue
-    records.read(path, task.columns)
+    try:
+      records.read(path, task.columns, task.values)
+    except DataError as error:
+      damaged[name] = str(error)
+      continue
     (folder / f'{name}.yaml').write_text(_yaml(name, path, task))
     written.append(name)
   (folder / 'recall.py').write_text(_RECALL_MODULE)
-  return written, skipped
+  return written, absent, damaged
 
 
 def _yaml(name: str, path: pathlib.Path, task: LocalTask) -> str:

@@ -10,7 +10,7 @@ import lzma
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from rla_jax.data import DataError
 
@@ -41,15 +41,25 @@ def find(data_dir: str | os.PathLike, *names: str) -> pathlib.Path | None:
   return None
 
 
-def read(path: str | os.PathLike, columns: Iterable[str] = ()) -> list[dict]:
+def absent(data_dir: str | os.PathLike, *names: str) -> str:
+  """Says that the folder has no set of these names."""
+  return f'{data_dir} has no {" or ".join(f"{name}.jsonl" for name in names)} (.xz, .gz)'
+
+
+def read(
+  path: str | os.PathLike,
+  columns: Iterable[str] = (),
+  values: Mapping[str, Sequence[str]] | None = None,
+) -> list[dict]:
   """The objects of a jsonl file.
 
   Args:
     path: the file; a suffix .xz or .gz is decompressed.
     columns: that every object must have.
+    values: what some of these columns may hold, {column: values as JSON}; None: anything.
 
   Raises:
-    DataError: names file and line, and what is missing, damaged or empty.
+    DataError: names file and line, and what is missing, damaged, empty or not accepted.
   """
   path = pathlib.Path(path)
   records = []
@@ -57,7 +67,7 @@ def read(path: str | os.PathLike, columns: Iterable[str] = ()) -> list[dict]:
     with _OPEN.get(path.suffix, open)(path, 'rt', encoding='utf-8') as file:
       for number, line in enumerate(file, start=1):
         if line.strip():
-          records.append(_record(line, f'{path}:{number}', columns))
+          records.append(_record(line, f'{path}:{number}', columns, values or {}))
   except OSError as error:
     raise DataError(f'cannot read {path}: {error.strerror or error}') from error
   except (lzma.LZMAError, zlib.error, EOFError, UnicodeDecodeError) as error:
@@ -67,7 +77,9 @@ def read(path: str | os.PathLike, columns: Iterable[str] = ()) -> list[dict]:
   return records
 
 
-def _record(line: str, where: str, columns: Iterable[str]) -> dict:
+def _record(
+  line: str, where: str, columns: Iterable[str], values: Mapping[str, Sequence[str]]
+) -> dict:
   try:
     record = json.loads(line)
   except ValueError as error:
@@ -77,4 +89,8 @@ def _record(line: str, where: str, columns: Iterable[str]) -> dict:
   for column in columns:
     if column not in record:
       raise DataError(f'{where} has no column {column!r}; its columns: {", ".join(record)}')
+  for column, accepted in values.items():
+    found = json.dumps(record[column])  # As JSON, 1, 1.0, "1" and true are four values.
+    if found not in accepted:
+      raise DataError(f'{where} has {column} {found:.50}; expected one of {", ".join(accepted)}')
   return record

@@ -75,5 +75,5 @@ class Run:
       raise Skipped('no data_dir is given')
     path = records.find(self.settings.data_dir, *names)
     if path is None:
-      raise Skipped(f'{self.settings.data_dir} has no {names[0]}.jsonl (.xz, .gz)')
+      raise Skipped(records.absent(self.settings.data_dir, *names))
     return path

@@ -28,7 +28,7 @@ from rla_jax.evaluation.results import Result
 from rla_jax.evaluation.run import Run, Settings, Skipped
 from rla_jax.evaluation.scorer import Scorer
 from rla_jax.training.config import check
-from rla_jax.training.trained import load
+from rla_jax.training.trained import expect_text, load
 
 # Tasks of each suite.
 SUITES = {
@@ -54,7 +54,7 @@ def run_suites(
   """Evaluates the newest checkpoint of a run, on one device.
 
   Writes results.json, results.csv and results.md, and what single tasks have to show. A task that
-  the data folder has no set for, or that the model was not made for, is skipped.
+  has no set or one that cannot be used, or that the model was not made for, is skipped.
 
   Args:
     workdir: of the training run.
@@ -66,7 +66,7 @@ def run_suites(
     The numbers, and the tasks that were skipped with the reason of each.
 
   Raises:
-    DataError: an unknown name, a file that cannot be used, or nothing to evaluate on.
+    DataError: an unknown name, or nothing to evaluate on.
     TrainingError: see `rla_jax.training.trained.load`.
   """
   settings = settings or Settings()
@@ -89,7 +89,7 @@ def run_suites(
       if task in _TASKS:
         try:
           found += _TASKS[task](run)
-        except Skipped as reason:
+        except (Skipped, DataError) as reason:
           skipped[task] = str(reason)
     for suite in ('commonsense', 'recall'):
       of_suite = [task for task in tasks if task in SUITES[suite]]
@@ -133,6 +133,7 @@ def _text(run: Run) -> list[Result]:
   if run.settings.path is None and config.format == 'synthetic':
     raise Skipped(f'the checkpoint was trained on {config.path} and held out no text')
   if run.settings.path is None:
+    expect_text(config)
     documents = data.load_documents(config)[1]
   else:
     files = sources.hash_files(sources.find_files(run.settings.path))
@@ -187,7 +188,7 @@ def _lambada(run: Run) -> list[Result]:
 def _harness(run: Run, suite: str, tasks: Sequence[str]) -> tuple[list[Result], dict[str, str]]:
   """Tasks that the harness scores."""
   if importlib.util.find_spec('lm_eval') is None:
-    raise DataError(f"suite {suite!r} needs lm_eval: pip install 'rla_jax[eval]'")
+    return [], {suite: "lm_eval is not installed: pip install -e '.[eval]'"}
   from rla_jax.evaluation import harness
 
   return harness.evaluate(run, suite, tasks)

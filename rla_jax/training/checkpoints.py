@@ -5,11 +5,13 @@ fingerprint and the checksum of every array. A restore takes the newest step tha
 ones that did not are moved to `damaged/`, never deleted.
 """
 
+import asyncio
 import hashlib
 import json
 import operator
 import pathlib
 from collections.abc import Callable
+from unittest import mock
 
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
@@ -100,7 +102,7 @@ class Checkpoints:
       except CheckpointError:
         raise
       except Exception as error:  # Damage takes many forms, deep inside Orbax and TensorStore.
-        damage = _one_line(error)
+        damage = _first_line(error)
       if not distributed.all_agree(damage is None):
         damage = damage or 'another process cannot read it'
       else:
@@ -164,7 +166,8 @@ class Checkpoints:
     for item, target in targets.items():
       _check_target(step, record['arrays'][item], target)
     items = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    with mock.patch.object(asyncio, 'new_event_loop', _WaitingLoop):
+      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return record, {item: restored[item] for item in targets}
 
   def _set_aside(self, steps):
@@ -179,6 +182,19 @@ class Checkpoints:
         folder.rename(target.with_name(f'{folder.name}.{number}'))
     distributed.wait_for_all('damaged checkpoints are set aside')
     self._manager.reload()
+
+
+class _WaitingLoop(asyncio.SelectorEventLoop):
+  """An event loop that ends its tasks before it closes.
+
+  Orbax closes its loop as soon as one array cannot be read. The reads of the others would then find
+  it closed, and each would print a traceback, some of them only when they are collected.
+  """
+
+  def close(self):
+    while tasks := asyncio.all_tasks(self):
+      self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    super().close()
 
 
 def _retention(config: ConfigDict) -> dict:
@@ -226,3 +242,8 @@ def _sha256(record: dict) -> str:
 
 def _one_line(error: Exception) -> str:
   return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
+def _first_line(error: Exception) -> str:
+  """The beginning alone: TensorStore's messages hold its whole specification."""
+  return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:150]}'

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rla_jax import data, generation, sharding
+from rla_jax.data import sources
 from rla_jax.models import LanguageModel
 from rla_jax.training.checkpoints import Checkpoints
 from rla_jax.training.config import check, model_config, settled
@@ -78,11 +79,16 @@ def evaluate_run(
 
   Returns:
     The checkpoint's step, and the evaluation.
+
+  Raises:
+    TrainingError: see `load`.
+    DataError: the text is missing or damaged, that of the run or of path.
   """
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     trained = load(workdir, mesh)
     data_config = check(trained.config)
+    expect_text(data_config, path)
     if path is not None:
       data_config = dataclasses.replace(data_config, validation_path=path)
     corpus = data.load(data_config)
@@ -95,6 +101,30 @@ def evaluate_run(
     )  # fmt: skip
     step = jax.jit(functools.partial(loss_sums, trained.model))
     return trained.step, evaluate(step, trained.params, batches, mesh)
+
+
+def expect_text(config: data.DataConfig, instead: str | None = None) -> None:
+  """Looks for the text of a run that may have been trained from another folder.
+
+  Args:
+    config: of the run's data.
+    instead: path that is read in place of `validation_path`; None: none.
+
+  Raises:
+    DataError: nothing is where a relative path says.
+  """
+  if config.format == 'synthetic':
+    return
+  for path in (config.path, config.validation_path if instead is None else None):
+    if path is None or pathlib.Path(path).expanduser().is_absolute():
+      continue
+    try:
+      sources.find_files(path)
+    except data.DataError as error:
+      raise data.DataError(
+        f"{error}; a run's relative paths are looked up from the working directory: evaluate it "
+        'from where it was trained, or give --path with --suite=text'
+      ) from error
 
 
 def continue_text(

@@ -16,7 +16,7 @@ from rla_jax.training import get_config
 from rla_jax.training.trained import TrainedModel
 from tests.evaluation import models
 
-pytest.importorskip('lm_eval', reason="lm_eval is not installed: pip install 'rla_jax[eval]'")
+pytest.importorskip('lm_eval', reason="lm_eval is not installed: pip install -e '.[eval]'")
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the harness and what it imports
 
 # Of a choice among so many. Not of BoolQ: a model that sees the last token only says the same to
@@ -123,6 +123,21 @@ def test_one_answer_of_each_question_is_taken_for_right(tmp_path):
   for r in results:
     assert r.samples == len(QUESTIONS[r.task][2])
     assert r.value == pytest.approx(1 / r.samples), (r.task, r.metric)
+
+
+def test_damaged_sets_are_named_and_the_others_scored(tmp_path):
+  from rla_jax.evaluation import harness
+
+  asked, key, answers = QUESTIONS['boolq']
+  write_set(tmp_path, 'boolq', [{**asked, key: answer} for answer in answers])
+  write_set(tmp_path, 'piqa', [{'goal': 'To dry'}])
+  lm, _ = bigram_lm()
+  run = Run(TRAINED, lm.scorer, Settings(data_dir=str(tmp_path)), tmp_path)
+  results, skipped = harness.evaluate(run, 'commonsense', ['piqa', 'boolq'])
+  assert {r.task for r in results} == {'boolq'}
+  assert skipped == {
+    'piqa': f"{tmp_path}/piqa.jsonl:1 has no column 'sol1'; its columns: goal"
+  }
 
 
 def test_answers_are_looked_for_in_what_is_generated(tmp_path):

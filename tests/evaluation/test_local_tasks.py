@@ -4,7 +4,7 @@ import pathlib
 import pytest
 
 from rla_jax.data import DataError
-from rla_jax.evaluation import local_tasks
+from rla_jax.evaluation import lm_eval, local_tasks
 from rla_jax.evaluation.continuations import continue_greedily, cut
 from rla_jax.evaluation.scorer import Scorer
 from tests.evaluation import models
@@ -50,12 +50,13 @@ def test_written_for_the_sets_that_are_there(tmp_path):
   sets.mkdir()
   for name, task in local_tasks.TASKS.items():
     if name not in ('fda', 'swde'):
-      record = json.dumps(dict.fromkeys(task.columns, 'x'))
+      record = json.dumps(dict.fromkeys(task.columns, 'x') | dict.fromkeys(task.values, 1))
       (sets / f'{task.files[-1]}.jsonl').write_text(record + '\n')  # by any of its names
-  written, skipped = local_tasks.write(tmp_path, sets)
-  assert set(skipped) == {'fda', 'swde'}
-  assert skipped['fda'].endswith('has no fda.jsonl (.xz, .gz)')
-  assert set(written) == set(local_tasks.TASKS) - set(skipped)
+  written, absent, damaged = local_tasks.write(tmp_path, sets)
+  assert set(absent) == {'fda', 'swde'}
+  assert absent['fda'].endswith('has no fda.jsonl or based_fda.jsonl (.xz, .gz)')
+  assert not damaged
+  assert set(written) == set(local_tasks.TASKS) - set(absent)
   assert {path.stem for path in tmp_path.glob('*.yaml')} == set(written)
   for name in written:
     path = sets.resolve() / f'{local_tasks.TASKS[name].files[-1]}.jsonl'
@@ -63,14 +64,66 @@ def test_written_for_the_sets_that_are_there(tmp_path):
 
 
 def test_the_sets_of_the_data_folder_have_their_columns(tmp_path, data_dir):
-  _, skipped = local_tasks.write(tmp_path, data_dir)
-  assert set(skipped) == {'fda', 'swde'}
+  _, absent, damaged = local_tasks.write(tmp_path, data_dir)
+  assert set(absent) == {'fda', 'swde'}
+  assert not damaged
 
 
-def test_wrong_columns_are_one_line(tmp_path):
+def test_wrong_columns_are_one_line_and_others_are_written(tmp_path):
   (tmp_path / 'piqa.jsonl').write_text('{"goal": "x", "sol1": "a"}\n')
-  with pytest.raises(DataError, match=r"piqa.jsonl:1 has no column 'sol2'; its columns: goal, sol"):
-    local_tasks.write(tmp_path, tmp_path, ['piqa'])
+  (tmp_path / 'nq.jsonl').write_text('{"question": "x", "answer": ["a"]}\n')
+  written, absent, damaged = local_tasks.write(tmp_path, tmp_path, ['piqa', 'nq'])
+  assert (written, absent) == (['nq'], {})
+  (reason,) = damaged.values()
+  assert reason.endswith("piqa.jsonl:1 has no column 'sol2'; its columns: goal, sol1")
+  assert not (tmp_path / 'piqa.yaml').exists()
+
+
+@pytest.mark.parametrize('answer', ['"maybe"', '"1"', '2', '1.0', 'null', '[true]'])
+def test_an_answer_to_boolq_that_is_none_is_refused(tmp_path, answer):
+  lines = [f'{{"passage": "x", "question": "y", "answer": {x}}}\n' for x in ('true', '0', answer)]
+  (tmp_path / 'boolq.jsonl').write_text(''.join(lines))
+  written, _, damaged = local_tasks.write(tmp_path, tmp_path, ['boolq'])
+  assert not written
+  message = f'boolq.jsonl:3 has answer {answer}; expected one of false, true, 0, 1'
+  assert damaged['boolq'].endswith(message)
+  (tmp_path / 'boolq.jsonl').write_text(''.join(lines[:2]))
+  assert local_tasks.write(tmp_path, tmp_path, ['boolq'])[0] == ['boolq']
+
+
+def test_without_the_harness_its_extra_is_named(monkeypatch):
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(SystemExit, match=r"^error: lm_eval is not .*: pip install -e '.\[eval\]'$"):
+    lm_eval.main(['--workdir', 'run', '--tasks', 'nq'])
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+  """A good set and a bad one."""
+  (tmp_path / 'nq.jsonl').write_text('{"question": "x", "answer": ["a"]}\n')
+  (tmp_path / 'squad.jsonl').write_text('{"title": "x"}\n')
+  (tmp_path / 'tasks').mkdir()
+  return tmp_path
+
+
+@pytest.mark.parametrize('words', [['--tasks', 'nq'], ['-t', 'nq', 'drop'], ['--tasks=n?,drop']])
+def test_sets_that_are_not_asked_for_are_not_read(two_sets, words, capsys):
+  lm_eval.write_tasks(two_sets / 'tasks', two_sets, ['--limit', '3', *words, '--log_samples'])
+  assert [path.stem for path in (two_sets / 'tasks').glob('*.yaml')] == ['nq']
+  assert 'squad' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('words', [['--tasks', 'nq,squad'], ['-t', 'nq', 'squad', 'some_group']])
+def test_a_bad_set_that_is_asked_for_is_an_error(two_sets, words):
+  with pytest.raises(DataError, match=r"squad.jsonl:1 has no column 'context'"):
+    lm_eval.write_tasks(two_sets / 'tasks', two_sets, words)
+
+
+@pytest.mark.parametrize('words', [[], ['--tasks=some_group,nq'], ['--config', 'c.yaml']])
+def test_a_bad_set_that_may_be_asked_for_is_named(two_sets, words, capsys):
+  lm_eval.write_tasks(two_sets / 'tasks', two_sets, words)
+  assert [path.stem for path in (two_sets / 'tasks').glob('*.yaml')] == ['nq']
+  assert "no task squad: " in capsys.readouterr().err
 
 
 def test_the_page_lists_the_names_and_columns_of_every_set():

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -57,9 +58,42 @@ def test_absent_sets_are_named_and_not_counted(bigram_run, sets):
   settings = Settings(data_dir=sets, **SETTINGS)
   found, skipped = run_suites('w', ['wikitext', 'lambada'], bigram_run / 'out', settings)
   assert {r.task for r in found} == {'wikitext'}
-  assert skipped == {'lambada': f'{sets} has no lambada_openai.jsonl (.xz, .gz)'}
+  assert skipped == {'lambada': f'{sets} has no lambada_openai.jsonl or lambada.jsonl (.xz, .gz)'}
   saved = json.loads((bigram_run / 'out' / 'results.json').read_text())
   assert saved['skipped'] == skipped
+
+
+def test_damaged_sets_are_named_and_the_others_counted(bigram_run, sets):
+  (bigram_run / 'sets' / 'eval' / 'wikitext.jsonl').write_text('{"text": "a"}\n')
+  settings = Settings(data_dir=sets, **SETTINGS)
+  found, skipped = run_suites('w', ['wikitext', 'lambada'], bigram_run / 'out', settings)
+  assert {r.task for r in found} == {'lambada'}
+  path = bigram_run / 'sets' / 'eval' / 'wikitext.jsonl'
+  assert skipped == {'wikitext': f"{path}:1 has no column 'page'; its columns: text"}
+  with pytest.raises(DataError, match=r"nothing to evaluate on: wikitext: .*no column 'page'"):
+    run_suites('w', ['wikitext'], bigram_run / 'out', settings)
+
+
+def test_the_harness_is_not_needed_for_the_other_suites(bigram_run, sets, monkeypatch):
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  settings = Settings(data_dir=sets, **SETTINGS)
+  found, skipped = run_suites('w', ['lambada', 'piqa'], bigram_run / 'out', settings)
+  assert {r.task for r in found} == {'lambada'}
+  assert skipped == {'commonsense': "lm_eval is not installed: pip install -e '.[eval]'"}
+
+
+def test_relative_paths_of_a_run_are_explained(bigram_run, monkeypatch):
+  config = get_config()
+  config.data.path = 'my_text/*.txt'
+  trained = dataclasses.replace(suites.load('w', None), config=config)
+  monkeypatch.setattr(suites, 'load', lambda workdir, mesh: trained)
+  monkeypatch.chdir(bigram_run)
+  message = (
+    r"glob 'my_text/\*.txt' matches no file \(working directory .*\); a run's relative paths are "
+    'looked up from the working directory: evaluate it from where it was trained, or give --path'
+  )
+  with pytest.raises(DataError, match=message):
+    run_suites('w', ['text'], bigram_run / 'out', Settings(**SETTINGS))
 
 
 @pytest.mark.parametrize(

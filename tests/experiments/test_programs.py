@@ -4,13 +4,15 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from rla_jax.data import DataError
 from rla_jax.training import ConfigError, train_and_evaluate
-from rla_jax.training.trained import continue_text
+from rla_jax.training.trained import continue_text, evaluate_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAMS = ('train', 'generate', 'evaluate', 'plot', 'quickstart')
@@ -98,6 +100,20 @@ def test_evaluate_repeats_the_figure_of_training(trained):
   assert figures['step'] == 4
   assert figures['loss'] == pytest.approx(outcome.evaluation.loss, rel=1e-5)
   assert figures['bits_per_byte'] == pytest.approx(outcome.evaluation.bits_per_byte, rel=1e-5)
+
+
+def test_a_run_s_relative_path_is_looked_up_from_the_working_directory(
+  trained, tmp_path, monkeypatch
+):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  config = json.loads((workdir / 'config.json').read_text())
+  (workdir / 'config.json').write_text(json.dumps(config | {'data.path': 'text'}))
+  monkeypatch.chdir(tmp_path)
+  message = "file 'text' does not exist .* evaluate it from where it was trained, or give --path"
+  with pytest.raises(DataError, match=message):
+    evaluate_run(workdir)
+  monkeypatch.chdir(trained[0].parent)
+  assert evaluate_run(workdir)[0] == 4
 
 
 def test_generate_repeats_itself_with_the_same_seed(trained):
