@@ -12,6 +12,7 @@ import pytest
 
 from rla_jax import ops
 from tests import oracle
+from tests.experiments.conftest import forget
 from tests.ops import harness
 
 SCRIPT = pathlib.Path(__file__).parents[2] / 'experiments' / 'support_table.py'
@@ -25,7 +26,7 @@ def script():
   sys.modules['support_table'] = module
   spec.loader.exec_module(module)
   yield module
-  del sys.modules['support_table']
+  forget('support_table')
 
 
 def test_rows_are_all_combinations(script):
