@@ -194,7 +194,7 @@ def still_gains(problem: Problem, best: blocks.Blocks, than: blocks.Blocks, inpu
   pair = [build(problem, chosen) for chosen in (best, than)]
   samples = [[milliseconds(prepared, inputs) for prepared in pair] for _ in range(2)]
   times = [min(sample) for sample in zip(*samples, strict=True)]
-  tqdm.write(f"{named(problem)}: {times[0]:.3f} ms, by the heuristic {times[1]:.3f}")
+  tqdm.write(f'{named(problem)}: {times[0]:.3f} ms, by the heuristic {times[1]:.3f}')
   return times[0] <= (1 - MARGIN.value) * times[1]
 
 
@@ -244,7 +244,7 @@ def main(argv):
   """Tunes every problem asked for."""
   del argv
   choices(RULES)
-  numbers(SIZES), numbers(LENGTHS)
+  asked = itertools.product(numbers(SIZES), numbers(LENGTHS), RULES.value)
   if unknown := set(PARTS.value) - set(candidate_lists.PARTS):
     raise ConfigError(f'--parts has {sorted(unknown)}; expected {candidate_lists.PARTS}')
   jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(CACHE.value).expanduser()))
@@ -270,9 +270,8 @@ def main(argv):
 
   end = float('inf') if SECONDS.value is None else time.monotonic() + SECONDS.value
   problems = []
-  for size, length, rule in itertools.product(SIZES.value, LENGTHS.value, RULES.value):
-    batch, heads = max(1, TOKENS.value // int(length)), WIDTH.value // int(size)
-    shape = (batch, int(length), heads, int(size))
+  for size, length, rule in asked:
+    shape = (max(1, TOKENS.value // length), length, WIDTH.value // size, size)
     problems.append(Problem(OPERATIONS[rule], 'forward_backward', *shape, DTYPE.value))
   warm_up(problems, log)
   for problem in tqdm(problems, 'problems'):

@@ -89,7 +89,7 @@ class Attention(AttentionSettings, nn.Module, kw_only=True):
       y [B, T, D] in `dtype`; with a cache, (y, the cache after the last token).
 
     Raises:
-      ValueError: an input or a cache of another shape or dtype; a bad attribute.
+      ValueError: an input of another shape or dtype, a cache of another shape; a bad attribute.
     """
     # Without a window, whoever made the cache chose how many tokens it holds.
     held = cache.key.shape[1] if isinstance(cache, AttentionCache) else 1

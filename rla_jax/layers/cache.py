@@ -85,7 +85,7 @@ def last_segment(segment_ids: Segments | None, cache) -> Int[Array, ' B']:
 
 
 def check_call(x, segment_ids, cache, init_cache: Callable[[int], tuple]) -> None:
-  """Checks the arguments of a layer by their shapes and dtypes alone, so for nothing under jit.
+  """Checks a layer's arguments by shapes, dtypes (not the cache's) and no values: free under jit.
 
   Args:
     x: expected floating [B, T, D].

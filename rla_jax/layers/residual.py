@@ -37,7 +37,7 @@ class RecurrentLayer(Settings, nn.Module, kw_only=True):
       y [B, T, D] in `dtype`; with a cache, (y, the cache after the last token).
 
     Raises:
-      ValueError: an input or a cache of another shape or dtype; a bad attribute.
+      ValueError: an input of another shape or dtype, a cache of another shape; a bad attribute.
     """
     check_call(x, segment_ids, cache, self.init_cache)
     settings = self.plain()

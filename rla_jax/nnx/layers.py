@@ -59,7 +59,7 @@ class RecurrentLayer(nnx.Module):
       y [B, T, D] in `dtype`; given a plain cache, (y, the cache after the last token).
 
     Raises:
-      ValueError: an input or a cache of another shape or dtype.
+      ValueError: an input of another shape or dtype, a cache of another shape.
     """
     held = cache.get_value() if isinstance(cache, DecodeCache) else cache
     check_call(x, segment_ids, held, self.init_cache)

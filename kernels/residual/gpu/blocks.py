@@ -82,6 +82,13 @@ def sequence_split(programs: int, spans: int, *, fill: int) -> int:
   return parts if parts >= 4 and 2 * programs <= MULTIPROCESSORS else 1
 
 
+def parts(chosen: Blocks, walk: Kernel, *, value_dim: int, heads: int, spans: int) -> int:
+  """Parts of so many spans that a kernel walks side by side for a device's heads; none is empty."""
+  programs = heads * -(-value_dim // walk.value)
+  wanted = chosen.split or sequence_split(programs, spans, fill=chosen.fill)
+  return -(-spans // -(-spans // min(wanted, spans)))
+
+
 def walks_in_pairs(chosen: Blocks, *, value_dim: int, heads: int, split: int) -> bool:
   """Whether `pair` takes the place of `forward`: if its programs, two a walk, run all at once."""
   if chosen.pair is None or split > 1:

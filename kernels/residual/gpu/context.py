@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS, Blocks, sequence_split
+from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS, Blocks, parts
 from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME
 from rla_jax.kernels.residual.gpu.launch import launch
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
@@ -109,11 +109,8 @@ class Call:
     return jnp.zeros(1 + self.walk(block), jnp.int32)
 
   def split(self, spans, block) -> int:
-    """Parts of a sequence of so many spans that are walked side by side; none is empty."""
-    parts = self.config.blocks.split
-    if parts is None:
-      parts = sequence_split(self.walk(block), spans, fill=self.config.blocks.fill)
-    return -(-spans // -(-spans // min(parts, spans)))
+    """Parts of a sequence of so many spans that are walked side by side."""
+    return parts(self.config.blocks, block, value_dim=self.V, heads=self.pairs, spans=spans)
 
   def piece(self) -> int:
     """Spans of a piece of the backward pass, the last of which may be shorter.

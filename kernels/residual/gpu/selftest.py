@@ -61,13 +61,13 @@ class Case:
 
 def parts(chosen: blocks.Blocks, *, value_dim, heads, length) -> tuple[int, int]:
   """Into how many a call splits its sequences in the forward pass, and pieces in the backward."""
-  spans = length // (chosen.chunk * chosen.span)
-
-  def split(kernel, spans):
-    programs = heads * -(-value_dim // kernel.value)
-    return chosen.split or blocks.sequence_split(programs, spans, fill=chosen.fill)
-
-  return split(chosen.forward, spans), split(chosen.sweep, -(-spans // chosen.pieces))
+  spans = -(-length // (chosen.chunk * chosen.span))
+  call_ = {'value_dim': value_dim, 'heads': heads}
+  piece = -(-spans // chosen.pieces)
+  return (
+    blocks.parts(chosen, chosen.forward, spans=spans, **call_),
+    blocks.parts(chosen, chosen.sweep, spans=piece, **call_),
+  )
 
 
 def settled(chosen: blocks.Blocks, *, value_dim, heads, length) -> blocks.Blocks:
