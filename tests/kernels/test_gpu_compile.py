@@ -14,6 +14,7 @@ pytest.importorskip('triton')
 import triton
 
 from rla_jax.kernels.residual.gpu import blocks, selftest
+from rla_jax.kernels.residual.gpu.apart import base_part_kernel, residual_part_kernel
 from rla_jax.kernels.residual.gpu.forward import forward_kernel
 from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME
 from rla_jax.kernels.residual.gpu.keys import keys_kernel
@@ -30,6 +31,8 @@ KERNELS = {
   'prepare': prepare_kernel,
   'forward': forward_kernel,
   'pair': pair_kernel,
+  'base part': base_part_kernel,
+  'residual part': residual_part_kernel,
   'sweep': sweep_kernel,
   'queries': queries_kernel,
   'keys': keys_kernel,
@@ -57,7 +60,10 @@ def compiled(name, capability, delta, residual, chosen=None) -> harness.Compiled
     delta=delta, residual=residual, key_dim=128, value_dim=128, dtype=jnp.bfloat16, heads=heads,
     length=length, hopper=capability >= 90,
   )  # fmt: skip
-  split_launches = {'transitions': chosen.sweep, 'combine': COMBINE}
+  split_launches = {
+    'transitions': chosen.sweep, 'combine': COMBINE, 'base part': chosen.pair,
+    'residual part': chosen.pair,
+  }  # fmt: skip
   launch = split_launches.get(word) or getattr(chosen, word)
   constexprs = {
     'H': 16, 'G': 16, 'K': 128, 'V': 128, 'BLOCK_K': 128, 'BLOCK_V': launch.value,
@@ -106,7 +112,12 @@ BUILDS = [
     (90,), ('forward, saving, split', 'transitions', 'combine'), ('delta residual',)
   ),
   *itertools.product(
-    (90,), ('pair', 'pair, saving', 'forward, short', 'forward, saving, short'), ('delta residual',)
+    (90,),
+    (
+      'pair', 'pair, saving', 'base part', 'base part, saving', 'residual part',
+      'residual part, saving', 'residual part, ends', 'forward, short', 'forward, saving, short',
+    ),
+    ('delta residual',),
   ),
 ]
 TIGHT = [(90, 'forward, saving', 'delta residual'), (90, 'pair, saving', 'delta residual')]

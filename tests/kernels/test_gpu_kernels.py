@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from rla_jax.kernels.residual import gpu
-from rla_jax.kernels.residual.gpu import blocks, call
+from rla_jax.kernels.residual.gpu import blocks, call, forward_pass
 from rla_jax.kernels.residual.gpu.handover import take_turn
 from tests.errors import cosine, error
 from tests.kernels import triton_harness as harness
@@ -101,6 +101,13 @@ CASES = {
   ),
   'paired, float16, extreme gates': Case(
     dtype='float16', K=32, V=32, T=100, extreme=True, paired=True
+  ),
+  'apart, segments, resets': Case(T=129, segments=True, resets=True, split=5, paired=True),
+  'apart, no clip, bfloat16, grouped heads, odd sizes, pieces': Case(
+    dtype='bfloat16', clip=None, B=2, G=2, H=4, K=20, V=24, T=150, pieces=2, split=3, paired=True
+  ),
+  'apart, bfloat16, tight clip, keys alike': Case(
+    dtype='bfloat16', clip=0.25, K=32, V=40, T=330, common=0.9, split=4, paired=True
   ),
   'paired, bfloat16, far bound': Case(dtype='bfloat16', clip=1e6, K=32, V=40, T=100, paired=True),
 }
@@ -215,7 +222,7 @@ def test_values_and_gradients(name, monkeypatch):
       assert_close(n, x, reference[n], values)
   mask = None
   if case.residual and case.clip is not None:
-    words = call._forward(configs[0], True)(*args, ids)[1].passes
+    words = forward_pass.forward(configs[0], True)(*args, ids)[1].passes
     mask = unpacked(np.asarray(words), configs[0].blocks.chunk)[:, : case.T]
     flips = np.mean(mask != (np.abs(reference['innovation']) < case.clip))
     assert flips <= (0 if case.dtype == 'float32' else 5e-3), f'flipped: {flips:.1e}'

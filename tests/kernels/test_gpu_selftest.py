@@ -55,7 +55,7 @@ def test_self_test_covers_heuristic_and_table(monkeypatch):
   assert {(c.delta, c.residual) for c in cases if c.blocks.split} == RULES
   pairs = [c for c in cases if c.blocks.pair]
   assert {c.key_dim for c in pairs} == {64, 128}
-  for case in pairs:
+  for case in (c for c in pairs if not c.blocks.split):
     assert min(selftest.lengths(case.blocks)) > 2 * HANDED_AT_A_TIME * case.blocks.chunk
   sizes = {'key_dim': 64, 'value_dim': 32, 'dtype': 'float16'}
   key = blocks.tuned_key(delta=True, residual=False, heads=300, length=5000, **sizes)

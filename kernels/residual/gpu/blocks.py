@@ -39,7 +39,7 @@ class Blocks:
     bits_last: whether the forward pass stores the clip's bits at the end of a chunk: what is right
       for tiles of 64 costs registers with others. (Pairs store them as they come.)
     pair: launch of the forward pass with a program a state, in place of `forward` where heads do
-      not fill a device even so; None for never.
+      not fill a device even so, or sequences are walked in parts; None for never.
     fill: programs a multiprocessor that a walk is to have, by parts of the sequence, or of a piece,
       that are walked side by side (`sequence_split`); 0 for sequences as a whole.
     split: so many parts whatever the heads that a device holds; None for what `fill` comes to.

@@ -59,6 +59,7 @@ def walk_chunk(
   base_o_ptr,
   T,
   chunks,
+  last,
   IS_BASE: tl.constexpr,
   H: tl.constexpr,
   G: tl.constexpr,
@@ -70,10 +71,15 @@ def walk_chunk(
   BLOCK_V: tl.constexpr,
   CLIP: tl.constexpr,
   SAVE: tl.constexpr,
+  OUTPUT: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
-  """One chunk of one of the two states, which it returns as the chunk leaves it."""
+  """One chunk of one of the two states, which it returns as the chunk leaves it.
+
+  Saved states are those before chunks of the walk, of which `last` is the first it does not reach.
+  Without OUTPUT, which the base state always has, only the state is wanted.
+  """
   SCALE: tl.constexpr = CLIP if residuals_ptr.dtype.element_ty == tl.float16 else 1.0
   READ: tl.constexpr = BASE_IN if IS_BASE else RESIDUAL_READ
   IN: tl.constexpr = BASE_IN if IS_BASE else RESIDUAL_IN
@@ -98,7 +104,8 @@ def walk_chunk(
   identity = (i[:, None] == i[None, :]).to(dtype)
 
   k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
-  q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
+  if OUTPUT:
+    q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
   square = matrices_ptr + chunk * (5 * C * C) + i[:, None] * C + i[None, :]
   gates = gates_ptr + chunk * (ROWS * C)
   low = state.to(dtype)
@@ -111,8 +118,9 @@ def walk_chunk(
     offsets = e[:, None] * C + i[None, :]
     seen = is_value[:, None]
     v = SCALE * load_handed(residuals_ptr + handed + offsets, seen, EVEN, identity)
-  o = tl.dot(low, tl.trans(q), input_precision=PRECISION)
-  o *= tl.load(gates + READ * C + i)[None, :]
+  if OUTPUT:
+    o = tl.dot(low, tl.trans(q), input_precision=PRECISION)
+    o *= tl.load(gates + READ * C + i)[None, :]
   X = tl.dot(low, tl.trans(k), input_precision=PRECISION)
   inverse = square + (1 if IS_BASE else 2) * C * C
   y, _, F = errors(v - tl.load(gates + IN * C + i)[None, :] * X, inverse, PRECISION)
@@ -131,17 +139,18 @@ def walk_chunk(
   state = written(write, k, decay_all * state, True, dtype, PRECISION)
   if SAVE:
     store_tile(error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
-  o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
+  if OUTPUT:
+    o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
   if IS_BASE:
     o = o.to(base_o_ptr.dtype.element_ty)
     store_state(base_o_ptr + handed, o, V - first_value, n, C, EVEN)
     if SAVE and CLIP is not None:
       store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
-  else:
+  elif OUTPUT:
     o += load_handed(base_o_ptr + handed + offsets, seen, EVEN, identity)
     store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
   if SAVE:
-    if (n + 1) % SPAN == 0 and n + 1 < chunks:
+    if (n + 1) % SPAN == 0 and n + 1 < last:
       place = (pair * (chunks // SPAN) + (n + 1) // SPAN) * (K * V) + first_value * K
       store_state(states_ptr + place, state.to(dtype), V - first_value, n, K, EVEN)
   return state
@@ -149,12 +158,13 @@ def walk_chunk(
 
 @triton.jit
 def store_first(
-  states_ptr, state, pair, spans, first_value, K: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr
-):
-  """The first of the states that a walk saves: what it starts from."""
+  states_ptr, state, span, first_value, number, K: tl.constexpr, V: tl.constexpr,
+  EVEN: tl.constexpr,
+):  # fmt: skip
+  """The first of the states that a walk of `number` chunks saves: what it starts from."""
   low = state.to(states_ptr.dtype.element_ty)
-  place = pair * spans * (K * V) + first_value * K
-  store_state(states_ptr + place, low, V - first_value, spans, K, EVEN)
+  place = span * (K * V) + first_value * K
+  store_state(states_ptr + place, low, V - first_value, number, K, EVEN)
 
 
 @triton.jit
@@ -209,7 +219,7 @@ def pair_kernel(
   if follows:
     R = load_transposed(residual_ptr + state, values, K, V, BLOCK_K, BLOCK_V, EVEN)
     if SAVE:
-      store_first(residual_states_ptr, R, pair, chunks // SPAN, first_value, K, V, EVEN)
+      store_first(residual_states_ptr, R, pair * (chunks // SPAN), first_value, chunks, K, V, EVEN)
     for first in tl.range(0, chunks, HANDED):
       last = tl.minimum(first + HANDED, chunks)
       wait(flag, last)
@@ -217,20 +227,20 @@ def pair_kernel(
         R = walk_chunk(
           n, R, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr,
           residual_states_ptr, residual_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
-          False, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, EVEN, PRECISION,
+          chunks, False, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, EVEN, PRECISION,
         )  # fmt: skip
     store_transposed(residual_out_ptr + state, R, values, chunks, K, V, EVEN)
   else:
     S = load_transposed(base_ptr + state, values, K, V, BLOCK_K, BLOCK_V, EVEN)
     if SAVE:
-      store_first(states_ptr, S, pair, chunks // SPAN, first_value, K, V, EVEN)
+      store_first(states_ptr, S, pair * (chunks // SPAN), first_value, chunks, K, V, EVEN)
     for first in tl.range(0, chunks, HANDED):
       last = tl.minimum(first + HANDED, chunks)
       for n in tl.range(first, last, num_stages=STAGES):
         S = walk_chunk(
           n, S, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,
-          base_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
-          True, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, EVEN, PRECISION,
+          base_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks, chunks,
+          True, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, EVEN, PRECISION,
         )  # fmt: skip
       post(flag, last)
     store_transposed(base_out_ptr + state, S, values, chunks, K, V, EVEN)

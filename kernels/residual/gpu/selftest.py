@@ -73,7 +73,8 @@ def parts(chosen: blocks.Blocks, *, value_dim, heads, length) -> tuple[int, int]
 def settled(chosen: blocks.Blocks, *, value_dim, heads, length) -> blocks.Blocks:
   """The record with what a call decides by its heads written out: parts, if any, and pairs."""
   split, back = parts(chosen, value_dim=value_dim, heads=heads, length=length)
-  if not blocks.walks_in_pairs(chosen, value_dim=value_dim, heads=heads, split=split):
+  is_paired = blocks.walks_in_pairs(chosen, value_dim=value_dim, heads=heads, split=split)
+  if split == 1 and not is_paired:
     chosen = dataclasses.replace(chosen, pair=None)
   split = max(split, back)
   return dataclasses.replace(chosen, fill=0, split=split if split > 1 else None)
@@ -87,7 +88,8 @@ def shortened(chosen: blocks.Blocks) -> blocks.Blocks:
 
 def lengths(chosen: blocks.Blocks) -> tuple[int, int]:
   """Lengths of a check: whole chunks, and a ragged end. Pairs hand over more than twice."""
-  spans = 4 + 2 * HANDED_AT_A_TIME // chosen.span * (chosen.pair is not None)
+  is_paired = chosen.pair is not None and chosen.split is None
+  spans = 4 + 2 * HANDED_AT_A_TIME // chosen.span * is_paired
   tokens = spans * chosen.chunk * chosen.span
   return tokens, tokens - 3
 
