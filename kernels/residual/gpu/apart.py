@@ -2,8 +2,8 @@
 
 What the residual state is at the end of a part has to be known before its outputs are, so that a
 walk with both states would go through the base state twice. Apart it goes once: it hands residuals
-and its part of the output over, as in `pair`, and the residual state is walked for the ends of the
-parts and again for the outputs.
+over, as in `pair`, and leaves its part of the output where the whole is to be; and the residual
+state is walked for the ends of the parts and again for the outputs.
 """
 
 import triton
@@ -67,7 +67,7 @@ def walk_part(
     state = walk_chunk(
       n, state, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,
       error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks, last,
-      IS_BASE, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, OUTPUT, EVEN, PRECISION,
+      IS_BASE, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, OUTPUT, True, EVEN, PRECISION,
     )  # fmt: skip
   store_transposed(state_out_ptr + place, state, values, chunks, K, V, EVEN)
 

@@ -168,7 +168,8 @@ def _walk_apart(call, prepared, parts, base, residual, save):
     base_part_kernel,
     *(call.q, call.k, v, *prepared, base, call.T, chunks),
     out_shape=(
-      *(state, handed.states, handed.error, handed.passes, handed.residuals, handed.base_o),
+      *(state, handed.states, handed.error, handed.passes, handed.residuals),
+      array(v.shape, v.dtype),
     ),
     SAVE=save,
   )
@@ -183,6 +184,7 @@ def _walk_apart(call, prepared, parts, base, residual, save):
         state,
         *((handed.states, handed.error) if save else (nothing, nothing)),
       ),
+      aliases={6: 0} if output else None,
       SAVE=save,
       OUTPUT=output,
     )

@@ -72,13 +72,15 @@ def walk_chunk(
   CLIP: tl.constexpr,
   SAVE: tl.constexpr,
   OUTPUT: tl.constexpr,
+  IN_PLACE: tl.constexpr,
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
 ):
   """One chunk of one of the two states, which it returns as the chunk leaves it.
 
   Saved states are those before chunks of the walk, of which `last` is the first it does not reach.
-  Without OUTPUT, which the base state always has, only the state is wanted.
+  Without OUTPUT, which the base state always has, only the state is wanted. IN_PLACE `base_o` is
+  what o takes the place of, else an array laid out as `residuals`.
   """
   SCALE: tl.constexpr = CLIP if residuals_ptr.dtype.element_ty == tl.float16 else 1.0
   READ: tl.constexpr = BASE_IN if IS_BASE else RESIDUAL_READ
@@ -102,6 +104,8 @@ def walk_chunk(
   key_offsets = i[:, None] * (G * K) + a[None, :]
   value_offsets = i[:, None] * (H * V) + e[None, :]
   identity = (i[:, None] == i[None, :]).to(dtype)
+  transposed_seen = is_token[None, :] & is_value[:, None]
+  transposed_offsets = i[None, :] * (H * V) + e[:, None]
 
   k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
   if OUTPUT:
@@ -110,8 +114,7 @@ def walk_chunk(
   gates = gates_ptr + chunk * (ROWS * C)
   low = state.to(dtype)
   if IS_BASE:
-    seen = is_token[None, :] & is_value[:, None]
-    v = load_tile(v_ptr + values + i[None, :] * (H * V) + e[:, None], seen, EVEN)
+    v = load_tile(v_ptr + values + transposed_offsets, transposed_seen, EVEN)
     v = tl.dot(v, identity, input_precision=PRECISION)
   else:
     square += 2 * C * C
@@ -143,11 +146,18 @@ def walk_chunk(
     o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
   if IS_BASE:
     o = o.to(base_o_ptr.dtype.element_ty)
-    store_state(base_o_ptr + handed, o, V - first_value, n, C, EVEN)
+    if IN_PLACE:
+      store_tile(base_o_ptr + values + value_offsets, tl.trans(o), value_seen, EVEN)
+    else:
+      store_state(base_o_ptr + handed, o, V - first_value, n, C, EVEN)
     if SAVE and CLIP is not None:
       store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
   elif OUTPUT:
-    o += load_handed(base_o_ptr + handed + offsets, seen, EVEN, identity)
+    if IN_PLACE:
+      base_o = base_o_ptr + values + transposed_offsets
+      o += load_handed(base_o, transposed_seen, EVEN, identity)
+    else:
+      o += load_handed(base_o_ptr + handed + offsets, seen, EVEN, identity)
     store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
   if SAVE:
     if (n + 1) % SPAN == 0 and n + 1 < last:
@@ -227,7 +237,8 @@ def pair_kernel(
         R = walk_chunk(
           n, R, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr,
           residual_states_ptr, residual_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
-          chunks, False, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, EVEN, PRECISION,
+          chunks, False, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, False, EVEN,
+          PRECISION,
         )  # fmt: skip
     store_transposed(residual_out_ptr + state, R, values, chunks, K, V, EVEN)
   else:
@@ -240,7 +251,8 @@ def pair_kernel(
         S = walk_chunk(
           n, S, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,
           base_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks, chunks,
-          True, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, EVEN, PRECISION,
+          True, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, False, EVEN,
+          PRECISION,
         )  # fmt: skip
       post(flag, last)
     store_transposed(base_out_ptr + state, S, values, chunks, K, V, EVEN)
