@@ -104,8 +104,6 @@ def walk_chunk(
   key_offsets = i[:, None] * (G * K) + a[None, :]
   value_offsets = i[:, None] * (H * V) + e[None, :]
   identity = (i[:, None] == i[None, :]).to(dtype)
-  transposed_seen = is_token[None, :] & is_value[:, None]
-  transposed_offsets = i[None, :] * (H * V) + e[:, None]
 
   k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
   if OUTPUT:
@@ -114,7 +112,8 @@ def walk_chunk(
   gates = gates_ptr + chunk * (ROWS * C)
   low = state.to(dtype)
   if IS_BASE:
-    v = load_tile(v_ptr + values + transposed_offsets, transposed_seen, EVEN)
+    seen = is_token[None, :] & is_value[:, None]
+    v = load_tile(v_ptr + values + i[None, :] * (H * V) + e[:, None], seen, EVEN)
     v = tl.dot(v, identity, input_precision=PRECISION)
   else:
     square += 2 * C * C
@@ -154,8 +153,8 @@ def walk_chunk(
       store_bits(passes_ptr + chunk * (WORDS * V) + first_value, e, is_value, passes, V, C)
   elif OUTPUT:
     if IN_PLACE:
-      base_o = base_o_ptr + values + transposed_offsets
-      o += load_handed(base_o, transposed_seen, EVEN, identity)
+      base_o = base_o_ptr + values + i[None, :] * (H * V) + e[:, None]
+      o += load_handed(base_o, is_token[None, :] & is_value[:, None], EVEN, identity)
     else:
       o += load_handed(base_o_ptr + handed + offsets, seen, EVEN, identity)
     store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
