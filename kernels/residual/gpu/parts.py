@@ -8,7 +8,7 @@ from rla_jax.kernels.residual.gpu.split import combine_kernel, transitions_kerne
 from rla_jax.kernels.residual.gpu.tiles import BASE_IN
 
 # Parts are combined one after the other, so small tiles: many programs.
-COMBINE = Kernel(16, 8, 2)
+COMBINE = Kernel(16, 8, 3)
 
 
 class Parts:
