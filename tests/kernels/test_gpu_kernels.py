@@ -54,7 +54,7 @@ class Case:
   chunk_size: int | None = None
   pieces: int = 1
   split: int | None = None
-  paired: bool = False
+  walk: str | None = None
 
 
 CASES = {
@@ -92,24 +92,36 @@ CASES = {
   'split, additive, segments, resets': Case(
     update='additive', T=129, segments=True, resets=True, split=5
   ),
-  'paired, segments, resets': Case(B=2, T=150, segments=True, resets=True, pieces=2, paired=True),
+  'paired, segments, resets': Case(B=2, T=150, segments=True, resets=True, pieces=2, walk='pair'),
   'paired, no clip, bfloat16, grouped heads, odd sizes': Case(
-    dtype='bfloat16', clip=None, G=2, H=4, K=20, V=24, T=63, paired=True
+    dtype='bfloat16', clip=None, G=2, H=4, K=20, V=24, T=63, walk='pair'
   ),
   'paired, bfloat16, tight clip, keys alike': Case(
-    dtype='bfloat16', clip=0.25, K=32, V=40, T=330, common=0.9, paired=True
+    dtype='bfloat16', clip=0.25, K=32, V=40, T=330, common=0.9, walk='pair'
   ),
   'paired, float16, extreme gates': Case(
-    dtype='float16', K=32, V=32, T=100, extreme=True, paired=True
+    dtype='float16', K=32, V=32, T=100, extreme=True, walk='pair'
   ),
-  'apart, segments, resets': Case(T=129, segments=True, resets=True, split=5, paired=True),
+  'apart, segments, resets': Case(T=129, segments=True, resets=True, split=5, walk='apart'),
   'apart, no clip, bfloat16, grouped heads, odd sizes, pieces': Case(
-    dtype='bfloat16', clip=None, B=2, G=2, H=4, K=20, V=24, T=150, pieces=2, split=3, paired=True
+    dtype='bfloat16', clip=None, B=2, G=2, H=4, K=20, V=24, T=150, pieces=2, split=3, walk='apart'
   ),
   'apart, bfloat16, tight clip, keys alike': Case(
-    dtype='bfloat16', clip=0.25, K=32, V=40, T=330, common=0.9, split=4, paired=True
+    dtype='bfloat16', clip=0.25, K=32, V=40, T=330, common=0.9, split=4, walk='apart'
   ),
-  'paired, bfloat16, far bound': Case(dtype='bfloat16', clip=1e6, K=32, V=40, T=100, paired=True),
+  'apart, whole, bfloat16, grouped heads, odd sizes': Case(
+    dtype='bfloat16', B=2, G=2, H=4, K=20, V=24, T=150, segments=True, walk='apart'
+  ),
+  'apart, additive, segments, resets': Case(
+    update='additive', T=129, segments=True, resets=True, split=5, walk='apart'
+  ),
+  'apart, whole, additive, float16, extreme gates': Case(
+    dtype='float16', update='additive', K=32, V=32, T=100, extreme=True, pieces=2, walk='apart'
+  ),
+  'paired, additive, bfloat16, no clip, grouped heads, odd sizes': Case(
+    dtype='bfloat16', update='additive', clip=None, G=2, H=4, K=20, V=24, T=150, walk='pair'
+  ),
+  'paired, bfloat16, far bound': Case(dtype='bfloat16', clip=1e6, K=32, V=40, T=100, walk='pair'),
 }
 SLOW_CASES = {
   'split, pieces, grouped heads, odd sizes': Case(G=1, H=2, K=20, V=40, T=150, pieces=2, split=3),
@@ -192,8 +204,10 @@ def test_values_and_gradients(name, monkeypatch):
 
   def heuristic(**sizes):
     chosen = plain(**sizes)
-    pair = chosen.forward if case.paired else None
-    return dataclasses.replace(chosen, pieces=case.pieces, split=case.split, pair=pair)
+    pair = chosen.forward if case.walk else None
+    return dataclasses.replace(
+      chosen, pieces=case.pieces, split=case.split, pair=pair, apart=False, walk=case.walk
+    )
 
   monkeypatch.setattr(blocks, 'heuristic', heuristic)
   dtypes = [case.dtype] * 3 + ['float32'] * 5
@@ -307,17 +321,32 @@ def test_everyone_who_follows_starts_behind_whom_it_follows(walks):
   assert (np.asarray(flags) == [2 * walks, *range(walks)]).all()
 
 
-def test_only_the_residual_delta_rule_has_pairs():
+def test_one_state_has_no_pair():
   chosen = dataclasses.replace(harness.small_blocks(), pair=blocks.Kernel(16, 1, 2))
-  with pytest.raises(ValueError, match='only the residual delta rule'):
-    call.Config(delta=False, residual=True, clip=1.0, blocks=chosen, interpret=True)
+  with pytest.raises(ValueError, match='one state has no pair'):
+    call.Config(delta=False, residual=False, clip=1.0, blocks=chosen, interpret=True)
+  chosen = dataclasses.replace(harness.small_blocks(), walk='apart')
+  with pytest.raises(ValueError, match=r'needs blocks\.pair, now None'):
+    call.Config(delta=True, residual=True, clip=1.0, blocks=chosen, interpret=True)
 
 
 @pytest.mark.parametrize(
-  ('heads', 'split', 'expected'), [(64, 1, True), (66, 1, True), (67, 1, False), (64, 4, False)]
+  ('delta', 'size', 'heads', 'split', 'expected'),
+  [
+    (True, 128, 64, 1, 'pair'),
+    (True, 128, 66, 1, 'pair'),
+    (True, 128, 67, 1, 'both'),
+    (True, 128, 64, 4, 'apart'),
+    (False, 128, 64, 1, 'both'),
+    (True, 256, 33, 1, 'pair'),
+    (False, 256, 33, 1, 'pair'),
+    (True, 256, 34, 1, 'apart'),
+    (False, 256, 34, 1, 'apart'),
+  ],
 )
-def test_pairs_walk_what_does_not_fill_the_card(heads, split, expected):
+def test_walks_of_two_states(delta, size, heads, split, expected):
+  """Pairs walk what does not fill the card, and a state at a time what registers do not hold."""
   chosen = blocks.heuristic(
-    delta=True, residual=True, key_dim=128, value_dim=128, dtype='bfloat16', heads=1, length=8192
+    delta=delta, residual=True, key_dim=size, value_dim=size, dtype='bfloat16', heads=1, length=8192
   )
-  assert blocks.walks_in_pairs(chosen, value_dim=128, heads=heads, split=split) == expected
+  assert blocks.walk_of(chosen, value_dim=size, heads=heads, split=split) == expected

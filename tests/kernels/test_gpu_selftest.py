@@ -55,14 +55,18 @@ def test_self_test_covers_heuristic_and_table(monkeypatch):
   assert {(c.delta, c.residual) for c in cases if c.blocks.split} == RULES
   pairs = [c for c in cases if c.blocks.pair]
   assert {c.key_dim for c in pairs} == {64, 128}
-  for case in (c for c in pairs if not c.blocks.split):
+  for case in (c for c in pairs if c.blocks.walk == 'pair'):
     assert min(selftest.lengths(case.blocks)) > 2 * HANDED_AT_A_TIME * case.blocks.chunk
+  large = selftest.heuristic_cases([256], ['bfloat16'])
+  walks = {(c.delta, c.blocks.walk, c.blocks.split) for c in large if c.residual}
+  whole, parts = (('pair', None), ('apart', None)), (('apart', 4),)
+  assert walks == {(delta, *walk) for delta in (True, False) for walk in whole + parts}
   sizes = {'key_dim': 64, 'value_dim': 32, 'dtype': 'float16'}
   key = blocks.tuned_key(delta=True, residual=False, heads=300, length=5000, **sizes)
   table = {key: dataclasses.asdict(small_blocks())}
   monkeypatch.setattr(blocks, 'tuned_table', lambda kind: table)
   (case,) = selftest.tuned_cases('NVIDIA H200')
-  unsplit = dataclasses.replace(small_blocks(), fill=0)
+  unsplit = dataclasses.replace(small_blocks(), fill=0, walk='both')
   assert case == selftest.Case(True, False, 'float16', 64, 32, unsplit, 'any')
 
 

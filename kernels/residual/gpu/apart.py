@@ -1,9 +1,10 @@
-"""Kernel B where a sequence is walked in parts: the states one after the other, a launch each.
+"""Kernel B with the states one after the other, a launch each: of parts, or of large heads.
 
-What the residual state is at the end of a part has to be known before its outputs are, so that a
-walk with both states would go through the base state twice. Apart it goes once: it hands residuals
-over, as in `pair`, and leaves its part of the output where the whole is to be; and the residual
-state is walked for the ends of the parts and again for the outputs.
+Where a sequence is walked in parts, what the residual state is at the end of a part has to be known
+before its outputs are, so that a walk with both states would go through the base state twice. Apart
+it goes once: it hands residuals over, as in `pair`, and leaves its part of the output where the
+whole is to be; and the residual state is walked for the ends of the parts and again for the
+outputs. Of heads of 256 the registers hold one state and not two.
 """
 
 import triton
@@ -31,6 +32,7 @@ def walk_part(
   residuals_ptr,
   base_o_ptr,
   IS_BASE: tl.constexpr,
+  DELTA: tl.constexpr,
   H: tl.constexpr,
   G: tl.constexpr,
   K: tl.constexpr,
@@ -67,7 +69,8 @@ def walk_part(
     state = walk_chunk(
       n, state, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,
       error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks, last,
-      IS_BASE, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, OUTPUT, True, EVEN, PRECISION,
+      IS_BASE, DELTA, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, OUTPUT, True, EVEN,
+      PRECISION,
     )  # fmt: skip
   store_transposed(state_out_ptr + place, state, values, chunks, K, V, EVEN)
 
@@ -95,6 +98,7 @@ def base_part_kernel(
   C: tl.constexpr,
   SPAN: tl.constexpr,
   SPLIT: tl.constexpr,
+  DELTA: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
   CLIP: tl.constexpr,
@@ -107,7 +111,8 @@ def base_part_kernel(
   walk_part(
     q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, base_ptr, T, chunks, base_o_ptr, base_out_ptr,
     states_ptr, base_error_ptr, passes_ptr, residuals_ptr, base_o_ptr,
-    True, H, G, K, V, C, SPAN, SPLIT, BLOCK_K, BLOCK_V, CLIP, SAVE, True, EVEN, PRECISION, STAGES,
+    True, DELTA, H, G, K, V, C, SPAN, SPLIT, BLOCK_K, BLOCK_V, CLIP, SAVE, True, EVEN, PRECISION,
+    STAGES,
   )  # fmt: skip
 
 
@@ -133,6 +138,7 @@ def residual_part_kernel(
   C: tl.constexpr,
   SPAN: tl.constexpr,
   SPLIT: tl.constexpr,
+  DELTA: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
   CLIP: tl.constexpr,
@@ -148,6 +154,6 @@ def residual_part_kernel(
   walk_part(
     q_ptr, k_ptr, o_ptr, matrices_ptr, gates_ptr, residual_ptr, T, chunks, o_ptr, residual_out_ptr,
     residual_states_ptr, residual_error_ptr, o_ptr, residuals_ptr, base_o_ptr,
-    False, H, G, K, V, C, SPAN, SPLIT, BLOCK_K, BLOCK_V, CLIP, SAVE, OUTPUT, EVEN, PRECISION,
-    STAGES,
+    False, DELTA, H, G, K, V, C, SPAN, SPLIT, BLOCK_K, BLOCK_V, CLIP, SAVE, OUTPUT, EVEN,
+    PRECISION, STAGES,
   )  # fmt: skip

@@ -40,9 +40,11 @@ class Blocks:
       for tiles of 64 costs registers with others. (Pairs store them as they come.)
     pair: launch of the forward pass with a program a state, in place of `forward` where heads do
       not fill a device even so, or sequences are walked in parts; None for never.
+    apart: whether `pair` is its launch wherever: one state after the other where heads are many.
     fill: programs a multiprocessor that a walk is to have, by parts of the sequence, or of a piece,
       that are walked side by side (`sequence_split`); 0 for sequences as a whole.
     split: so many parts whatever the heads that a device holds; None for what `fill` comes to.
+    walk: 'both', 'pair' or 'apart', whatever the heads; None for what `walk_of` says.
   """
 
   chunk: int
@@ -55,8 +57,10 @@ class Blocks:
   pieces: int
   bits_last: bool = False
   pair: Kernel | None = None
+  apart: bool = False
   fill: int = 2
   split: int | None = None
+  walk: str | None = None
 
   @classmethod
   def from_json(cls, record: dict) -> 'Blocks':
@@ -89,11 +93,22 @@ def parts(chosen: Blocks, walk: Kernel, *, value_dim: int, heads: int, spans: in
   return -(-spans // -(-spans // min(wanted, spans)))
 
 
-def walks_in_pairs(chosen: Blocks, *, value_dim: int, heads: int, split: int) -> bool:
-  """Whether `pair` takes the place of `forward`: if its programs, two a walk, run all at once."""
-  if chosen.pair is None or split > 1:
-    return False
-  return heads * -(-value_dim // chosen.pair.value) <= MULTIPROCESSORS
+def walk_of(chosen: Blocks, *, value_dim: int, heads: int, split: int) -> str:
+  """How the forward pass walks two states for a device's heads.
+
+  Returns:
+    'both' in one program (launch `forward`), in a 'pair' of programs side by side (launch `pair`)
+    if all of them run at once, or 'apart', one after the other (launch `pair`).
+  """
+  if chosen.walk is not None:
+    return chosen.walk
+  if chosen.pair is None:
+    return 'both'
+  if split > 1:
+    return 'apart'
+  if heads * -(-value_dim // chosen.pair.value) <= MULTIPROCESSORS:
+    return 'pair'
+  return 'apart' if chosen.apart else 'both'
 
 
 def heuristic(
@@ -129,6 +144,10 @@ def heuristic(
   # the second would begin when the first has ended: two of half the width wait for each other too
   # (0.69 for 0.89 there, in place of one).
   pair = deep if rdn and is_wide and hopper and length >= SHORTEST_PAIR else None
+  # The registers hold two states of up to 128 keys, of more they hold one.
+  apart = residual and not wide and key_dim > 128 and tile == 64
+  if apart:
+    pair = deep
   if rdn and is_alone and pair is None:
     forward = Kernel(32, 4, 3)
   parallel = Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3)
@@ -152,6 +171,7 @@ def heuristic(
     pieces=pieces,
     bits_last=is_wide and residual and forward.value == 64,
     pair=pair,
+    apart=apart,
     fill=2 if delta else 4,
   )
 

@@ -42,10 +42,10 @@ class Config:
   interpret: bool
 
   def __post_init__(self):
-    if self.blocks.pair and not (self.delta and self.residual):
-      raise ValueError(
-        f'blocks.pair is {self.blocks.pair}, expected None: only the residual delta rule has pairs'
-      )
+    if self.blocks.pair and not self.residual:
+      raise ValueError(f'blocks.pair is {self.blocks.pair}, expected None: one state has no pair')
+    if self.blocks.walk in ('pair', 'apart') and not self.blocks.pair:
+      raise ValueError(f'blocks.walk is {self.blocks.walk!r}, which needs blocks.pair, now None')
 
 
 def _block(size: int) -> int:

@@ -2,7 +2,7 @@
 
 `forward` walks them. Where heads are few, the two states of the residual delta rule are walked side
 by side (`pair`), and several parts of a sequence are (`split`), of that rule with one state after
-the other (`apart`).
+the other (`apart`). Of large heads one state is walked at a time in any case.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rla_jax.kernels.residual.gpu.apart import base_part_kernel, residual_part_kernel
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
-from rla_jax.kernels.residual.gpu.blocks import walks_in_pairs
+from rla_jax.kernels.residual.gpu.blocks import walk_of
 from rla_jax.kernels.residual.gpu.context import (
   INPUTS,
   OUTPUTS,
@@ -36,19 +36,21 @@ def forward(config: Config, save: bool):
     call = Call(config, q, k, v, log_decay, beta, gamma, segments)
     prepared = call.prepare()
     split = call.split(call.spans, config.blocks.forward)
-    if walks_in_pairs(config.blocks, value_dim=call.V, heads=call.pairs, split=split):
-      return _walk_pair(call, prepared, base, residual, save)
+    walk = walk_of(config.blocks, value_dim=call.V, heads=call.pairs, split=split)
     if split > 1:
-      return _walk_parts(call, prepared, split, base, residual, save)
+      return _walk_parts(call, prepared, split, walk == 'apart', base, residual, save)
+    if walk == 'pair':
+      return _walk_pair(call, prepared, base, residual, save)
+    if walk == 'apart':
+      return _walk_apart(call, prepared, None, base, residual, save)
     return _walk(call, prepared, config.blocks.forward, 1, base, residual, save=save)
 
   results = (OUTPUTS, SAVED if save else None)
   return fold_into_batch(over_batch_and_heads(run, INPUTS, results))
 
 
-def _walk_parts(call, prepared, split, base, residual, save):
+def _walk_parts(call, prepared, split, is_apart, base, residual, save):
   """What `_walk` returns, with the parts of every sequence walked side by side."""
-  is_apart = call.config.blocks.pair is not None
   block = call.config.blocks.pair if is_apart else call.config.blocks.forward
   walk = functools.partial(_walk, call, prepared, block, split)
   parts = Parts(call, prepared, 0, call.spans, split, adjoint=False)
@@ -116,9 +118,11 @@ class _Handed:
     C, chunks = config.blocks.chunk, call.spans * config.blocks.span
     words = (call.B, call.H, chunks, -(-C // 32), call.V)
     handed = (call.B, call.H, chunks, call.V, C)
+    self.keeps_base_error = save and config.delta
     self.keeps_passes = save and config.clip is not None
     self.states = array((call.B, call.H, call.spans, call.V, call.K) if save else nothing, v.dtype)
-    self.error = array(v.shape if save else nothing, v.dtype)
+    self.base_error = array(v.shape if self.keeps_base_error else nothing, v.dtype)
+    self.residual_error = array(v.shape if save else nothing, v.dtype)
     self.passes = array(words if self.keeps_passes else nothing, jnp.int32)
     # Shares of a bound are as exact in float16 as they need to be, with half the bytes, unless the
     # bound is so far away that all of them are small.
@@ -126,6 +130,14 @@ class _Handed:
     is_narrow = is_bounded and v.dtype != jnp.float32
     self.residuals = array(handed, jnp.float16 if is_narrow else jnp.float32)
     self.base_o = array(handed, v.dtype)
+
+  def kept(self, *saved) -> Saved:
+    """What a walk saved, without what it had no need to."""
+    saved = Saved(*saved)
+    return saved._replace(
+      base_error=saved.base_error if self.keeps_base_error else None,
+      passes=saved.passes if self.keeps_passes else None,
+    )
 
 
 def _walk_pair(call, prepared, base, residual, save):
@@ -139,8 +151,8 @@ def _walk_pair(call, prepared, base, residual, save):
     *(call.q, call.k, v, *prepared, base, residual, flags, call.T),
     call.spans * call.config.blocks.span,
     out_shape=(
-      *(array(v.shape, v.dtype), state, state, handed.states, handed.states, handed.error),
-      *(handed.error, handed.passes, handed.residuals, handed.base_o),
+      *(array(v.shape, v.dtype), state, state, handed.states, handed.states, handed.base_error),
+      *(handed.residual_error, handed.passes, handed.residuals, handed.base_o),
       array(flags.shape, flags.dtype),
     ),
     aliases={7: 10},
@@ -149,26 +161,28 @@ def _walk_pair(call, prepared, base, residual, save):
     C=call.config.blocks.chunk,
     SAVE=save,
   )
-  if not handed.keeps_passes:
-    saved[-1] = None
-  return (o, base, residual), Saved(*saved, *prepared) if save else None
+  return (o, base, residual), handed.kept(*saved, *prepared) if save else None
 
 
 def _walk_apart(call, prepared, parts, base, residual, save):
-  """The same for parts [B, H, split, K, V] whose base states are known, with a state a launch."""
+  """The same with a state a launch, of whole sequences or parts [B, H, split, K, V].
+
+  Of parts `base` comes into each of them, `residual` into the first; final states are of each.
+  """
   block, v = call.config.blocks.pair, call.v
   chunks = call.spans * call.config.blocks.span
   handed = _Handed(call, save)
   state = array(base.shape, jnp.float32)
+  split = 1 if parts is None else parts.split
   launch = functools.partial(
-    call.launch, programs=call.walk(block, parts.split), block=block, C=call.config.blocks.chunk,
-    SPLIT=parts.split,
+    call.launch, programs=call.walk(block, split), block=block, C=call.config.blocks.chunk,
+    SPLIT=split,
   )  # fmt: skip
   base, states, base_error, passes, *given = launch(
     base_part_kernel,
     *(call.q, call.k, v, *prepared, base, call.T, chunks),
     out_shape=(
-      *(state, handed.states, handed.error, handed.passes, handed.residuals),
+      *(state, handed.states, handed.base_error, handed.passes, handed.residuals),
       array(v.shape, v.dtype),
     ),
     SAVE=save,
@@ -182,20 +196,17 @@ def _walk_apart(call, prepared, parts, base, residual, save):
       out_shape=(
         array(v.shape, v.dtype) if output else nothing,
         state,
-        *((handed.states, handed.error) if save else (nothing, nothing)),
+        *((handed.states, handed.residual_error) if save else (nothing, nothing)),
       ),
       aliases={6: 0} if output else None,
       SAVE=save,
       OUTPUT=output,
     )
 
-  first = parts.at_edge(residual)
-  _, ends, _, _ = follow(first, output=False, save=False)
-  o, residual, residual_states, residual_error = follow(
-    parts.combine(first, ends, 1), output=True, save=save
-  )
-  if not save:
-    return (o, base, residual), None
-  passes = passes if handed.keeps_passes else None
-  saved = Saved(states, residual_states, base_error, residual_error, passes, *prepared)
-  return (o, base, residual), saved
+  if parts is not None:
+    first = parts.at_edge(residual)
+    _, ends, _, _ = follow(first, output=False, save=False)
+    residual = parts.combine(first, ends, 1)
+  o, residual, residual_states, residual_error = follow(residual, output=True, save=save)
+  saved = (states, residual_states, base_error, residual_error, passes, *prepared)
+  return (o, base, residual), handed.kept(*saved) if save else None

@@ -61,6 +61,7 @@ def walk_chunk(
   chunks,
   last,
   IS_BASE: tl.constexpr,
+  DELTA: tl.constexpr,
   H: tl.constexpr,
   G: tl.constexpr,
   K: tl.constexpr,
@@ -78,7 +79,8 @@ def walk_chunk(
 ):
   """One chunk of one of the two states, which it returns as the chunk leaves it.
 
-  Saved states are those before chunks of the walk, of which `last` is the first it does not reach.
+  DELTA rules also save F of both states, others that of the residual one, which is clipped r. Saved
+  states are those before chunks of the walk, of which `last` is the first it does not reach.
   Without OUTPUT, which the base state always has, only the state is wanted. IN_PLACE `base_o` is
   what o takes the place of, else an array laid out as `residuals`.
   """
@@ -87,6 +89,7 @@ def walk_chunk(
   IN: tl.constexpr = BASE_IN if IS_BASE else RESIDUAL_IN
   OUT: tl.constexpr = BASE_OUT if IS_BASE else RESIDUAL_OUT
   WORDS: tl.constexpr = (C + 31) // 32
+  MATRICES: tl.constexpr = 3 + 2 * DELTA
   dtype = q_ptr.dtype.element_ty
   i = tl.arange(0, C)
   a = tl.arange(0, BLOCK_K)
@@ -108,26 +111,34 @@ def walk_chunk(
   k = load_tile(k_ptr + keys + key_offsets, key_seen, EVEN)
   if OUTPUT:
     q = load_tile(q_ptr + keys + key_offsets, key_seen, EVEN)
-  square = matrices_ptr + chunk * (5 * C * C) + i[:, None] * C + i[None, :]
+  square = matrices_ptr + chunk * (MATRICES * C * C) + i[:, None] * C + i[None, :]
   gates = gates_ptr + chunk * (ROWS * C)
   low = state.to(dtype)
   if IS_BASE:
-    seen = is_token[None, :] & is_value[:, None]
-    v = load_tile(v_ptr + values + i[None, :] * (H * V) + e[:, None], seen, EVEN)
-    v = tl.dot(v, identity, input_precision=PRECISION)
+    if DELTA:
+      seen = is_token[None, :] & is_value[:, None]
+      v = load_tile(v_ptr + values + i[None, :] * (H * V) + e[:, None], seen, EVEN)
+      v = tl.dot(v, identity, input_precision=PRECISION)
+    else:
+      v = tl.trans(load_tile(v_ptr + values + value_offsets, value_seen, EVEN)).to(tl.float32)
   else:
-    square += 2 * C * C
+    square += (1 + DELTA) * C * C
     offsets = e[:, None] * C + i[None, :]
     seen = is_value[:, None]
     v = SCALE * load_handed(residuals_ptr + handed + offsets, seen, EVEN, identity)
   if OUTPUT:
     o = tl.dot(low, tl.trans(q), input_precision=PRECISION)
     o *= tl.load(gates + READ * C + i)[None, :]
-  X = tl.dot(low, tl.trans(k), input_precision=PRECISION)
-  inverse = square + (1 if IS_BASE else 2) * C * C
-  y, _, F = errors(v - tl.load(gates + IN * C + i)[None, :] * X, inverse, PRECISION)
+  if DELTA or IS_BASE:
+    X = tl.dot(low, tl.trans(k), input_precision=PRECISION)
+  if DELTA:
+    inverse = square + (1 if IS_BASE else 2) * C * C
+    y, _, F = errors(v - tl.load(gates + IN * C + i)[None, :] * X, inverse, PRECISION)
+  else:
+    y = v.to(matrices_ptr.dtype.element_ty)
+    F = v
   if IS_BASE:
-    prediction = tl.trans(tl.load(square + 3 * C * C))
+    prediction = tl.trans(tl.load(square + (2 + DELTA) * C * C))
     r = v - tl.load(gates + BASE_BEFORE * C + i)[None, :] * X
     r -= tl.dot(y, prediction, input_precision=PRECISION)
     if CLIP is not None:
@@ -138,8 +149,8 @@ def walk_chunk(
     store_state(residuals_ptr + handed, r, V - first_value, n, C, EVEN)
   write = tl.load(gates + OUT * C + i)[None, :] * F
   decay_all = tl.load(gates + BASE_IN * C + C - 1)
-  state = written(write, k, decay_all * state, True, dtype, PRECISION)
-  if SAVE:
+  state = written(write, k, decay_all * state, DELTA, dtype, PRECISION)
+  if SAVE and (DELTA or not IS_BASE):
     store_tile(error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
   if OUTPUT:
     o = tl.dot(y, tl.trans(tl.load(square)), o, input_precision=PRECISION)
@@ -206,6 +217,7 @@ def pair_kernel(
   C: tl.constexpr,
   SPAN: tl.constexpr,
   HANDED: tl.constexpr,
+  DELTA: tl.constexpr,
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
   CLIP: tl.constexpr,
@@ -236,8 +248,8 @@ def pair_kernel(
         R = walk_chunk(
           n, R, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr,
           residual_states_ptr, residual_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks,
-          chunks, False, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, False, EVEN,
-          PRECISION,
+          chunks, False, DELTA, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, False,
+          EVEN, PRECISION,
         )  # fmt: skip
     store_transposed(residual_out_ptr + state, R, values, chunks, K, V, EVEN)
   else:
@@ -250,8 +262,8 @@ def pair_kernel(
         S = walk_chunk(
           n, S, pair, first_value, q_ptr, k_ptr, v_ptr, matrices_ptr, gates_ptr, o_ptr, states_ptr,
           base_error_ptr, passes_ptr, residuals_ptr, base_o_ptr, T, chunks, chunks,
-          True, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, False, EVEN,
-          PRECISION,
+          True, DELTA, H, G, K, V, C, SPAN, BLOCK_K, BLOCK_V, CLIP, SAVE, True, False,
+          EVEN, PRECISION,
         )  # fmt: skip
       post(flag, last)
     store_transposed(base_out_ptr + state, S, values, chunks, K, V, EVEN)

@@ -72,12 +72,12 @@ def parts(chosen: blocks.Blocks, *, value_dim, heads, length) -> tuple[int, int]
 
 def settled(chosen: blocks.Blocks, *, value_dim, heads, length) -> blocks.Blocks:
   """The record with what a call decides by its heads written out: parts, if any, and pairs."""
-  split, back = parts(chosen, value_dim=value_dim, heads=heads, length=length)
-  is_paired = blocks.walks_in_pairs(chosen, value_dim=value_dim, heads=heads, split=split)
-  if split == 1 and not is_paired:
-    chosen = dataclasses.replace(chosen, pair=None)
-  split = max(split, back)
-  return dataclasses.replace(chosen, fill=0, split=split if split > 1 else None)
+  split = max(parts(chosen, value_dim=value_dim, heads=heads, length=length))
+  walk = blocks.walk_of(chosen, value_dim=value_dim, heads=heads, split=split)
+  return dataclasses.replace(
+    chosen, fill=0, split=split if split > 1 else None, apart=False, walk=walk,
+    pair=None if walk == 'both' else chosen.pair,
+  )  # fmt: skip
 
 
 def shortened(chosen: blocks.Blocks) -> blocks.Blocks:
@@ -88,8 +88,7 @@ def shortened(chosen: blocks.Blocks) -> blocks.Blocks:
 
 def lengths(chosen: blocks.Blocks) -> tuple[int, int]:
   """Lengths of a check: whole chunks, and a ragged end. Pairs hand over more than twice."""
-  is_paired = chosen.pair is not None and chosen.split is None
-  spans = 4 + 2 * HANDED_AT_A_TIME // chosen.span * is_paired
+  spans = 4 + 2 * HANDED_AT_A_TIME // chosen.span * (chosen.walk == 'pair')
   tokens = spans * chosen.chunk * chosen.span
   return tokens, tokens - 3
 
@@ -133,7 +132,7 @@ def candidate_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
   heuristic = heuristic_cases(sizes, dtypes, hopper=hopper)
   cases = {case: case for case in heuristic}
   bases = {
-    (c.delta, c.residual, c.dtype, c.key_dim, c.blocks.pair): c
+    (c.delta, c.residual, c.dtype, c.key_dim, c.blocks.pair, c.blocks.walk): c
     for c in heuristic if not c.blocks.split
   }  # fmt: skip
   for base in bases.values():
