@@ -44,21 +44,25 @@ def table(rows: list[dict], lengths: tuple[int, ...] = (2048, 8192, 32768), size
   return _lines(lines)
 
 
-def kernel_table(rows: list[dict], lengths: tuple[int, ...] = (2048, 8192)) -> str:
+def kernel_table(
+  rows: list[dict], lengths: tuple[int, ...] = (2048, 8192), size: int = 128
+) -> str:
   """Markdown: milliseconds of each Triton kernel in a call of forward and backward.
 
   Args:
     rows: of kernels.csv.
     lengths: of a sequence.
+    size: of a head.
   """
+  walks = ('forward_kernel', 'pair_kernel', 'base_part_kernel', 'residual_part_kernel')
   columns = {
-    '`prepare`': ('prepare_kernel',), 'walk, saving': ('forward_kernel', 'pair_kernel'),
+    '`prepare`': ('prepare_kernel',), 'walk, saving': walks,
     '`sweep`': ('sweep_kernel',), '`queries`': ('queries_kernel',), '`keys`': ('keys_kernel',),
   }  # fmt: skip
   times = {}
   for r in sorted(rows, key=lambda r: (list(NAMES).index(r['operation']), int(r['length']))):
     is_timed = (r['direction'], r['implementation']) == ('forward_backward', 'triton')
-    if is_timed and int(r['length']) in lengths:
+    if is_timed and int(r['length']) in lengths and int(r['size']) == size:
       call = f'{NAMES[r["operation"]]}, {r["batch"]} x {r["length"]}'
       times.setdefault(call, {})[r['kernel']] = float(r['milliseconds'])
   lines = [['', *columns], ['---'] * (1 + len(columns))]
