@@ -37,6 +37,8 @@ def draw(rows: list[dict], folder: pathlib.Path, hardware: str) -> None:
     axes[1].set_ylabel('peak memory, KiB a token')
     for axis in axes:
       axis.set_xlabel('tokens of a sequence')
+      axis.set_xticks(ticks := sorted({r['length'] for r in chosen}), map(str, ticks))
+      axis.minorticks_off()
       axis.grid(alpha=0.3)
     axes[1].set_ylim(bottom=0)
     axes[0].legend(fontsize=7)

@@ -2,8 +2,8 @@
 
 Five kernels: `prepare` and `forward`; `sweep`, `queries` and `keys` for the backward pass. Where
 heads are few, `pair` takes the place of `forward`, with a program a state, and those of `split` let
-parts of a sequence be walked side by side, by `forward` or, with a program a state again, by those
-of `apart`. That of `step` decodes. Importing this package needs no
+parts of a sequence be walked side by side, by `forward` or, one state after the other, by those of
+`apart`, which also walk large heads. That of `step` decodes. Importing this package needs no
 Triton.
 """
 
