@@ -47,6 +47,22 @@ def test_the_page_has_the_tables():
     assert markdown.table(speed(), size=size) in page
 
 
+def test_the_page_has_the_ratios_to_the_kernels_of_one_state():
+  ratios = []
+  for ours, theirs in (('rdn', 'gdn'), ('rla', 'simple_gla')):
+    for direction in ('forward', 'forward_backward'):
+      pairs = [
+        [milliseconds(*by, direction, length) for by in ((ours, 'triton'), (theirs, 'fla'))]
+        for length in (2048, 8192, 32768)
+      ]
+      ratios.append([x / y for x, y in pairs])
+  assert max(map(max, ratios)) <= 1
+  rdn, rdn_both, rla, rla_both = ('{:.2f}, {:.2f} and {:.2f} times'.format(*x) for x in ratios)
+  text = words('docs/gpu.md')
+  assert f'RDN takes {rdn} its Gated DeltaNet forward and {rdn_both} forward and backward' in text
+  assert f'RLA {rla} its simple GLA forward and {rla_both} forward and backward' in text
+
+
 def test_the_page_has_the_times_of_the_kernels():
   rows = results('kernels.csv')
   assert markdown.kernel_table(rows) in (ROOT / 'docs/gpu.md').read_text(encoding='utf-8')

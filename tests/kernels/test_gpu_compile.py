@@ -39,7 +39,7 @@ KERNELS = {
   'transitions': transitions_kernel,
   'combine': combine_kernel,
 }
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 FLOAT32 = (
   'log_decay_ptr', 'beta_ptr', 'gamma_ptr', 'gates_ptr', 'base_ptr', 'residual_ptr',
   'base_out_ptr', 'residual_out_ptr', 'dstate_in_ptr', 'dstate_ptr', 'dlog_decay_ptr',
@@ -73,7 +73,7 @@ def compiled(name, capability, delta, residual, chosen=None, size=128) -> harnes
     'STATES': 1 + residual, 'STATE': 0,
     'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in variants, 'EVEN': True,
     'OUTPUT': 'ends' not in variants, 'STORE': 'ends' not in variants,
-    'BITS_LAST': chosen.bits_last, 'APART': launch.warps > 4,
+    'BITS_LAST': chosen.bits_last, 'LOOPED': launch.warps > 4,
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
     'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual),
     'IS_RESIDUAL': 'residual' in variants, 'HANDED': HANDED_AT_A_TIME,
@@ -110,7 +110,9 @@ BUILDS = [
   *itertools.product((80, 90), ('prepare', *WALKS, 'queries', 'keys'), RULES),
   *itertools.product((80, 90), ('sweep, residual',), ('delta residual', 'additive residual')),
   *itertools.product(
-    (90,), ('forward, saving, split', 'transitions', 'combine'), ('delta residual',)
+    (89, 90),
+    ('forward, ends, split', 'forward, saving, split', 'transitions', 'combine'),
+    ('delta residual', 'delta'),
   ),
   *itertools.product(
     (90,),
@@ -148,9 +150,9 @@ def test_no_register_spills(capability, name, rule):
 def test_large_heads_keep_a_state_in_registers(name, rule):
   """Of 256 keys and values; a program with both states would spill 2 KiB."""
   whole = ', whole' * (name != 'pair')
-  for variant, most in (('', 160), (', saving', 450)):
-    report = compiled(name + variant + whole, 90, *RULES[rule], size=256)
-    assert report.spill_bytes <= (most if name == 'pair' else most // 3), report.log
+  for capability, variant in itertools.product((80, 90), ('', ', saving')):
+    report = compiled(name + variant + whole, capability, *RULES[rule], size=256)
+    assert report.spill_bytes <= (400 if name == 'pair' else 200), report.log
 
 
 @pytest.mark.skipif(VERSION < (3, 9), reason="Triton 3.6 spills in the heuristic's, too")
@@ -159,14 +161,15 @@ def test_no_register_spills_in_what_was_tuned():
   cases = [c for c in selftest.tuned_cases('NVIDIA H200') if c.key_dim == c.value_dim == 128]
   assert cases
   for case in cases:
-    walk, split = 'pair' if case.blocks.pair else 'forward', ''
-    names = ['prepare', 'queries', 'keys']
-    if case.blocks.split:
-      split = ', split'
+    walks = {'both': ['forward'], 'pair': ['pair'], 'apart': ['base part', 'residual part']}
+    split = ', split' if case.blocks.split else ''
+    names = ['prepare', 'queries', 'keys', f'sweep{split}']
+    names += [f'sweep, residual{split}'] * case.residual
+    for walk in walks[case.blocks.walk]:
+      names += [f'{walk}{split}', f'{walk}, saving{split}']
+    if split:
       names += ['forward, ends, split', 'sweep, ends, split', 'combine']
       names += ['transitions'] * case.delta
-    names += [f'{walk}{split}', f'{walk}, saving{split}', f'sweep{split}']
-    names += [f'sweep, residual{split}'] * case.residual
     for name in names:
       report = compiled(name, 90, case.delta, case.residual, case.blocks)
       assert report.spill_bytes == 0, (str(case), name, report.log)

@@ -127,6 +127,15 @@ def test_hopper_is_known_by_its_name(kind, expected, monkeypatch):
   assert launch.is_hopper() == expected
 
 
+@pytest.mark.parametrize(
+  ('capability', 'expected'), [('9.0', True), ('10.0', True), ('12.0', False)]
+)
+def test_hopper_is_known_by_its_capability(capability, expected, monkeypatch):
+  device = types.SimpleNamespace(device_kind='new', compute_capability=capability)
+  monkeypatch.setattr(launch.jax, 'devices', lambda: [device])
+  assert launch.is_hopper() == expected
+
+
 def test_compiled_kernels_are_kept_on_disk(tmp_path):
   """A second process finds what the first compiled; another kernel or option does not hit it."""
   compiled = []

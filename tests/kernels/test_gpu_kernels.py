@@ -92,7 +92,9 @@ CASES = {
   'split, additive, segments, resets': Case(
     update='additive', T=129, segments=True, resets=True, split=5
   ),
-  'paired, segments, resets': Case(B=2, T=150, segments=True, resets=True, pieces=2, walk='pair'),
+  'paired, segments, resets': Case(
+    B=2, T=150, V=40, segments=True, resets=True, pieces=2, walk='pair'
+  ),
   'paired, no clip, bfloat16, grouped heads, odd sizes': Case(
     dtype='bfloat16', clip=None, G=2, H=4, K=20, V=24, T=63, walk='pair'
   ),
@@ -102,7 +104,9 @@ CASES = {
   'paired, float16, extreme gates': Case(
     dtype='float16', K=32, V=32, T=100, extreme=True, walk='pair'
   ),
-  'apart, segments, resets': Case(T=129, segments=True, resets=True, split=5, walk='apart'),
+  'apart, segments, resets': Case(
+    T=129, V=40, segments=True, resets=True, split=5, walk='apart'
+  ),
   'apart, no clip, bfloat16, grouped heads, odd sizes, pieces': Case(
     dtype='bfloat16', clip=None, B=2, G=2, H=4, K=20, V=24, T=150, pieces=2, split=3, walk='apart'
   ),
@@ -113,7 +117,7 @@ CASES = {
     dtype='bfloat16', B=2, G=2, H=4, K=20, V=24, T=150, segments=True, walk='apart'
   ),
   'apart, additive, segments, resets': Case(
-    update='additive', T=129, segments=True, resets=True, split=5, walk='apart'
+    update='additive', T=129, V=40, segments=True, resets=True, split=5, walk='apart'
   ),
   'apart, whole, additive, float16, extreme gates': Case(
     dtype='float16', update='additive', K=32, V=32, T=100, extreme=True, pieces=2, walk='apart'
@@ -326,7 +330,10 @@ def test_one_state_has_no_pair():
   with pytest.raises(ValueError, match='one state has no pair'):
     call.Config(delta=False, residual=False, clip=1.0, blocks=chosen, interpret=True)
   chosen = dataclasses.replace(harness.small_blocks(), walk='apart')
-  with pytest.raises(ValueError, match=r'needs blocks\.pair, now None'):
+  with pytest.raises(ValueError, match='expected the launch of a state'):
+    call.Config(delta=True, residual=True, clip=1.0, blocks=chosen, interpret=True)
+  chosen = dataclasses.replace(harness.small_blocks(), walk='together')
+  with pytest.raises(ValueError, match="is 'together', expected None or one of"):
     call.Config(delta=True, residual=True, clip=1.0, blocks=chosen, interpret=True)
 
 
@@ -350,3 +357,20 @@ def test_walks_of_two_states(delta, size, heads, split, expected):
     delta=delta, residual=True, key_dim=size, value_dim=size, dtype='bfloat16', heads=1, length=8192
   )
   assert blocks.walk_of(chosen, value_dim=size, heads=heads, split=split) == expected
+
+
+@pytest.mark.parametrize(
+  ('key_dim', 'value_dim', 'dtype', 'length', 'expected'),
+  [
+    (256, 256, 'bfloat16', 512, 'apart'),  # a pair's second would begin when the first has ended
+    (200, 32, 'float16', 8192, 'pair'),
+    (128, 256, 'bfloat16', 8192, 'pair'),
+    (256, 256, 'float32', 8192, 'both'),
+  ],
+)
+def test_walks_of_few_heads(key_dim, value_dim, dtype, length, expected):
+  chosen = blocks.heuristic(
+    delta=True, residual=True, key_dim=key_dim, value_dim=value_dim, dtype=dtype, heads=8,
+    length=length,
+  )  # fmt: skip
+  assert blocks.walk_of(chosen, value_dim=value_dim, heads=8, split=1) == expected

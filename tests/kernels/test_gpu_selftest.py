@@ -61,6 +61,7 @@ def test_self_test_covers_heuristic_and_table(monkeypatch):
   walks = {(c.delta, c.blocks.walk, c.blocks.split) for c in large if c.residual}
   whole, parts = (('pair', None), ('apart', None)), (('apart', 4),)
   assert walks == {(delta, *walk) for delta in (True, False) for walk in whole + parts}
+  assert max(min(selftest.lengths(c.blocks)) for c in large) > 2 * HANDED_AT_A_TIME * 16
   sizes = {'key_dim': 64, 'value_dim': 32, 'dtype': 'float16'}
   key = blocks.tuned_key(delta=True, residual=False, heads=300, length=5000, **sizes)
   table = {key: dataclasses.asdict(small_blocks())}
@@ -90,20 +91,23 @@ def test_parts_are_those_of_the_call():
   )
   assert selftest.parts(chosen, **call_) == (8, 8)
   assert selftest.settled(chosen, **call_).split == 8
-  narrow = dataclasses.replace(chosen, forward=blocks.Kernel(16, 1, 3))
+  assert selftest.settled(chosen, **call_).walk == 'apart'
+  narrow = dataclasses.replace(chosen, pair=blocks.Kernel(16, 1, 3))
   assert selftest.parts(narrow, **call_) == (1, 8)
   assert selftest.settled(narrow, **call_).split == 8
+  assert selftest.settled(narrow, **call_).walk == 'pair'
   fixed = dataclasses.replace(chosen, split=5)
   assert selftest.parts(fixed, **call_) == (5, 5)
   assert selftest.settled(fixed, **call_).split == 5
 
 
 def test_self_test_covers_candidates():
-  cases = selftest.candidate_cases([128], ['bfloat16'])
-  assert set(selftest.heuristic_cases([128], ['bfloat16'])) < set(cases)
-  for part in ('queries', 'keys'):
-    for launch_ in candidates.PROMISING[part]:
-      tried = [c for c in cases if dataclasses.astuple(getattr(c.blocks, part)) == launch_]
-      assert {(c.delta, c.residual) for c in tried} == RULES
+  for size in (256, 128):
+    cases = selftest.candidate_cases([size], ['bfloat16'])
+    assert set(selftest.heuristic_cases([size], ['bfloat16'])) < set(cases)
+    for part in ('queries', 'keys', 'sweep'):
+      for launch_ in candidates.PROMISING[part]:
+        tried = [c for c in cases if dataclasses.astuple(getattr(c.blocks, part)) == launch_]
+        assert {(c.delta, c.residual) for c in tried} == RULES
   pairs = {dataclasses.astuple(c.blocks.pair) for c in cases if c.blocks.pair}
   assert pairs == set(candidates.PROMISING['pair'])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 MULTIPROCESSORS = 132  # of an H100 or H200
 SHORTEST_PART = 8  # spans of a part of a sequence that is split
 SHORTEST_PAIR = 1024  # tokens of a sequence that a pair walks; by arithmetic, not measured
+WALKS = ('both', 'pair', 'apart')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Blocks:
       for tiles of 64 costs registers with others. (Pairs store them as they come.)
     pair: launch of the forward pass with a program a state, in place of `forward` where heads do
       not fill a device even so, or sequences are walked in parts; None for never.
-    apart: whether `pair` is its launch wherever: one state after the other where heads are many.
+    apart: whether two states that are not walked as a pair are walked apart, one after the other,
+      as whole sequences too.
     fill: programs a multiprocessor that a walk is to have, by parts of the sequence, or of a piece,
       that are walked side by side (`sequence_split`); 0 for sequences as a whole.
     split: so many parts whatever the heads that a device holds; None for what `fill` comes to.
-    walk: 'both', 'pair' or 'apart', whatever the heads; None for what `walk_of` says.
+    walk: one of WALKS, whatever the heads; None for what `walk_of` says.
   """
 
   chunk: int
@@ -93,6 +95,11 @@ def parts(chosen: Blocks, walk: Kernel, *, value_dim: int, heads: int, spans: in
   return -(-spans // -(-spans // min(wanted, spans)))
 
 
+def split_launch(chosen: Blocks) -> Kernel:
+  """What walks a sequence in the forward pass if it is walked in parts."""
+  return chosen.forward if chosen.pair is None or chosen.walk == 'both' else chosen.pair
+
+
 def walk_of(chosen: Blocks, *, value_dim: int, heads: int, split: int) -> str:
   """How the forward pass walks two states for a device's heads.
 
@@ -118,7 +125,8 @@ def heuristic(
   """Block sizes for a call of `heads` (batch times heads) sequences of `length` tokens.
 
   Those of a Hopper are as measured on an H200; for other cards they are the widest of which no
-  register spills, by the compiler's report: nobody has timed them there.
+  register spills (or, of large heads, few do), by the compiler's report: nobody has timed them
+  there.
   """
   # A warp holds 16 value columns of a state whole, so smaller tiles save no registers: 64 columns
   # are what wgmma wants. It cannot serve float32.
@@ -145,7 +153,7 @@ def heuristic(
   # (0.69 for 0.89 there, in place of one).
   pair = deep if rdn and is_wide and hopper and length >= SHORTEST_PAIR else None
   # The registers hold two states of up to 128 keys, of more they hold one.
-  apart = residual and not wide and key_dim > 128 and tile == 64
+  apart = residual and not wide and key_dim > 128
   if apart:
     pair = deep
   if rdn and is_alone and pair is None:
@@ -172,6 +180,7 @@ def heuristic(
     bits_last=is_wide and residual and forward.value == 64,
     pair=pair,
     apart=apart,
+    walk='apart' if apart and length < SHORTEST_PAIR else None,
     fill=2 if delta else 4,
   )
 

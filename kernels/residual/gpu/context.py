@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS, Blocks, parts
+from rla_jax.kernels.residual.gpu.blocks import MULTIPROCESSORS, WALKS, Blocks, parts
 from rla_jax.kernels.residual.gpu.handover import HANDED_AT_A_TIME
 from rla_jax.kernels.residual.gpu.launch import launch
 from rla_jax.kernels.residual.gpu.prepare import matrices, prepare_kernel
@@ -44,8 +44,13 @@ class Config:
   def __post_init__(self):
     if self.blocks.pair and not self.residual:
       raise ValueError(f'blocks.pair is {self.blocks.pair}, expected None: one state has no pair')
-    if self.blocks.walk in ('pair', 'apart') and not self.blocks.pair:
-      raise ValueError(f'blocks.walk is {self.blocks.walk!r}, which needs blocks.pair, now None')
+    if self.blocks.walk not in (None, *WALKS):
+      raise ValueError(f'blocks.walk is {self.blocks.walk!r}, expected None or one of {WALKS}')
+    if (self.blocks.apart or self.blocks.walk in ('pair', 'apart')) and not self.blocks.pair:
+      raise ValueError(
+        f'blocks.apart is {self.blocks.apart} and walk {self.blocks.walk!r}, with pair None; '
+        'expected the launch of a state'
+      )
 
 
 def _block(size: int) -> int:
@@ -84,7 +89,7 @@ class Call:
       'BLOCK_V': block.value, 'DELTA': self.config.delta, 'RESIDUAL': self.config.residual,
       'CLIP': self.config.clip, 'SPAN': self.config.blocks.span, 'SEGMENTED': self.is_segmented,
       'EVEN': self._is_even(block.value), 'PRECISION': _precision(self.q.dtype),
-      'STAGES': block.stages, 'APART': block.warps > 4, 'HANDED': HANDED_AT_A_TIME,
+      'STAGES': block.stages, 'LOOPED': block.warps > 4, 'HANDED': HANDED_AT_A_TIME,
     }  # fmt: skip
     names = {p.name for p in kernel.params if p.is_constexpr}
     known = {n: x for n, x in known.items() if n in names} | constexprs

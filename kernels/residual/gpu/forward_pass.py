@@ -2,7 +2,7 @@
 
 `forward` walks them. Where heads are few, the two states of the residual delta rule are walked side
 by side (`pair`), and several parts of a sequence are (`split`), of that rule with one state after
-the other (`apart`). Of large heads one state is walked at a time in any case.
+the other (`apart`). Large heads are walked with a program a state in any case.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rla_jax.kernels.residual.gpu.apart import base_part_kernel, residual_part_kernel
 from rla_jax.kernels.residual.gpu.batching import fold_into_batch
-from rla_jax.kernels.residual.gpu.blocks import walk_of
+from rla_jax.kernels.residual.gpu.blocks import split_launch, walk_of
 from rla_jax.kernels.residual.gpu.context import (
   INPUTS,
   OUTPUTS,
@@ -35,12 +35,12 @@ def forward(config: Config, save: bool):
   def run(q, k, v, log_decay, beta, gamma, base, residual, segments):
     call = Call(config, q, k, v, log_decay, beta, gamma, segments)
     prepared = call.prepare()
-    split = call.split(call.spans, config.blocks.forward)
+    split = call.split(call.spans, split_launch(config.blocks))
     walk = walk_of(config.blocks, value_dim=call.V, heads=call.pairs, split=split)
-    if split > 1:
-      return _walk_parts(call, prepared, split, walk == 'apart', base, residual, save)
     if walk == 'pair':
       return _walk_pair(call, prepared, base, residual, save)
+    if split > 1:
+      return _walk_parts(call, prepared, split, walk == 'apart', base, residual, save)
     if walk == 'apart':
       return _walk_apart(call, prepared, None, base, residual, save)
     return _walk(call, prepared, config.blocks.forward, 1, base, residual, save=save)

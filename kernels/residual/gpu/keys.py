@@ -96,7 +96,7 @@ def keys_kernel(
   EVEN: tl.constexpr,
   PRECISION: tl.constexpr,
   STAGES: tl.constexpr,
-  APART: tl.constexpr,
+  LOOPED: tl.constexpr,
 ):
   """One chunk of one head. Grid (B * H * chunks of the piece,).
 
@@ -116,8 +116,8 @@ def keys_kernel(
   tiles = (V + BLOCK_V - 1) // BLOCK_V + (T >> 30)
   narrow_tiles = (V + NARROW - 1) // NARROW + (T >> 30)
   # Of products that share a region Triton gives every warp rows of its own, and where those are too
-  # few the same ones to several. APART (eight warps without wgmma): each in a loop, of one turn.
-  once = 1 + (T >> 30) if APART else 1
+  # few the same ones to several. LOOPED (eight warps without wgmma): each in a loop, of one turn.
+  once = 1 + (T >> 30) if LOOPED else 1
 
   i = tl.arange(0, C)
   a = tl.arange(0, BLOCK_K)
@@ -142,7 +142,7 @@ def keys_kernel(
     F = load_columns(base_error_ptr + values, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dy = load_columns(dy_ptr + written, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
     dgram = tl.dot(dy, tl.trans(F), dgram, input_precision=PRECISION)
-    if RESIDUAL and not APART:
+    if RESIDUAL and not LOOPED:
       dp = load_columns(dprediction_ptr + written, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       dp_F = tl.dot(dp, tl.trans(F), dp_F, input_precision=PRECISION)
       dz = load_columns(dz_ptr + written, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
@@ -153,13 +153,13 @@ def keys_kernel(
     if not DV_LAST:
       dv = beta[:, None] * dy.to(tl.float32)
       if RESIDUAL:
-        if APART:
+        if LOOPED:
           dp = load_columns(
             dprediction_ptr + written, value_rows, e, tile * BLOCK_V, is_token, V, EVEN
           )
         dv -= dp.to(tl.float32)
       store_dv(dv_ptr + values, value_rows, is_token, tile * BLOCK_V + e, dv, V, EVEN)
-  if RESIDUAL and APART:
+  if RESIDUAL and LOOPED:
     for tile in tl.range(tiles, num_stages=STAGES):
       F = load_columns(base_error_ptr + values, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
       dp = load_columns(dprediction_ptr + written, value_rows, e, tile * BLOCK_V, is_token, V, EVEN)
@@ -255,7 +255,7 @@ def keys_kernel(
       dk = tl.dot(scaled(to_end * gamma, F), dS, dk, input_precision=PRECISION)
       S = load_state(residual_states_ptr + state, tile * NARROW + b, a, K, V, EVEN)
       carried += S.to(tl.float32) * dS.to(tl.float32)
-  if APART:
+  if LOOPED:
     k = load_tile(k_ptr + key_offsets, key_seen, EVEN)  # not kept in registers until here
   writes = tl.sum(k.to(tl.float32) * dk, 1)
   if DELTA or RESIDUAL:
@@ -276,10 +276,10 @@ def keys_kernel(
     dk_t = tl.dot(tl.trans(q), dscores, dk_t, input_precision=PRECISION)
   if DELTA or RESIDUAL:
     for _ in tl.range(once):
-      k_again = load_tile(k_ptr + key_offsets, key_seen, EVEN) if APART else k
+      k_again = load_tile(k_ptr + key_offsets, key_seen, EVEN) if LOOPED else k
       dk = tl.dot(dgram_low, k_again, dk, input_precision=PRECISION)
     for _ in tl.range(once):
-      k_again = load_tile(k_ptr + key_offsets, key_seen, EVEN) if APART else k
+      k_again = load_tile(k_ptr + key_offsets, key_seen, EVEN) if LOOPED else k
       dk_t = tl.dot(tl.trans(k_again), dgram_low, dk_t, input_precision=PRECISION)
   dk += tl.trans(dk_t)
   tl.debug_barrier()  # for whoever still reads what dk replaces

@@ -30,11 +30,14 @@ def device_kind() -> str:
 
 
 def is_hopper() -> bool:
-  """Whether the device that is traced for is a Hopper (sm_90), with its instructions, or later."""
+  """Whether the device that is traced for is a Hopper (sm_90), or of that class (sm_100).
+
+  Cards of sm_120 have neither its instructions nor its shared memory.
+  """
   known = _CAPABILITIES.get(device_kind())
   if known is None:
     known = 10 * float(getattr(jax.devices()[0], 'compute_capability', 0))
-  return known >= 90
+  return 90 <= known < 120
 
 
 @functools.cache

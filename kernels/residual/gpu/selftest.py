@@ -65,15 +65,16 @@ def parts(chosen: blocks.Blocks, *, value_dim, heads, length) -> tuple[int, int]
   call_ = {'value_dim': value_dim, 'heads': heads}
   piece = -(-spans // chosen.pieces)
   return (
-    blocks.parts(chosen, chosen.forward, spans=spans, **call_),
+    blocks.parts(chosen, blocks.split_launch(chosen), spans=spans, **call_),
     blocks.parts(chosen, chosen.sweep, spans=piece, **call_),
   )
 
 
 def settled(chosen: blocks.Blocks, *, value_dim, heads, length) -> blocks.Blocks:
   """The record with what a call decides by its heads written out: parts, if any, and pairs."""
-  split = max(parts(chosen, value_dim=value_dim, heads=heads, length=length))
+  split, back = parts(chosen, value_dim=value_dim, heads=heads, length=length)
   walk = blocks.walk_of(chosen, value_dim=value_dim, heads=heads, split=split)
+  split = max(split, back)
   return dataclasses.replace(
     chosen, fill=0, split=split if split > 1 else None, apart=False, walk=walk,
     pair=None if walk == 'both' else chosen.pair,
@@ -100,7 +101,7 @@ def heuristic_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
   """
   cases = {}
   for size, dtype, delta, residual, heads, length in itertools.product(
-    sizes, dtypes, (True, False), (True, False), (2, 64, 128, 256), (256, 32768)
+    sizes, dtypes, (True, False), (True, False), (2, 32, 64, 128, 256), (256, 32768)
   ):
     sizes_ = {'key_dim': size, 'value_dim': size, 'dtype': dtype}
     chosen = blocks.heuristic(
@@ -132,12 +133,17 @@ def candidate_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
   heuristic = heuristic_cases(sizes, dtypes, hopper=hopper)
   cases = {case: case for case in heuristic}
   bases = {
-    (c.delta, c.residual, c.dtype, c.key_dim, c.blocks.pair, c.blocks.walk): c
+    (c.delta, c.residual, c.dtype, c.key_dim, c.blocks.walk): c
     for c in heuristic if not c.blocks.split
   }  # fmt: skip
-  for base in bases.values():
-    # Of a walk in pairs the other kernels are those of a walk without.
-    for part in ('pair',) if base.blocks.pair else candidates.PROMISING:
+  seen = set()
+  for (*call_, walk), base in sorted(bases.items(), key=lambda item: item[0][-1] != 'both'):
+    # Walks differ in their own kernel alone, and `forward` is that of walks of both states.
+    parts_ = ('pair',) if tuple(call_) in seen else candidates.PROMISING
+    seen.add(tuple(call_))
+    for part in parts_:
+      if part == 'forward' and walk != 'both':
+        continue
       for chosen in candidates.candidates(base.blocks, part, base.value_dim):
         if getattr(chosen, part) is None:
           continue
