@@ -63,6 +63,19 @@ def test_the_page_has_the_ratios_to_the_kernels_of_one_state():
   assert f'RLA {rla} its simple GLA forward and {rla_both} forward and backward' in text
 
 
+def test_the_page_has_what_large_heads_took_before():
+  times = {
+    (r['operation'], r['length']): '{:.2f}'.format(float(r['milliseconds']))
+    for r in results('large_heads_before.csv') if r['direction'] == 'forward'
+  }  # fmt: skip
+  rdn, rla = (
+    ' and '.join(times[operation, length] for length in ('2048', '8192'))
+    for operation in ('rdn', 'rla')
+  )
+  text = words('docs/gpu.md')
+  assert f"RDN's forward pass took {rdn} ms at 16 x 2048 and 4 x 8192, and RLA's {rla}" in text
+
+
 def test_the_page_has_the_times_of_the_kernels():
   rows = results('kernels.csv')
   assert markdown.kernel_table(rows) in (ROOT / 'docs/gpu.md').read_text(encoding='utf-8')

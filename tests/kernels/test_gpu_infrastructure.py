@@ -349,3 +349,19 @@ def test_candidates_differ_in_one_part(part, thorough):
     assert changed <= ({'chunk', 'span'} if part == 'chunk' else {part})
     assert getattr(getattr(chosen, part, None), 'value', 0) <= 64
   assert blocks.Blocks.from_json(dataclasses.asdict(found[-1])) == found[-1]
+
+
+@pytest.mark.parametrize('size', [128, 256])
+@pytest.mark.parametrize('length', [512, 8192])
+@pytest.mark.parametrize('delta', [True, False])
+def test_candidates_are_records_that_a_call_takes(delta, length, size):
+  """Of two states, both of them in one program among them."""
+  current = blocks.heuristic(
+    delta=delta, residual=True, key_dim=size, value_dim=size, dtype='bfloat16', heads=32,
+    length=length,
+  )  # fmt: skip
+  found = [c for part in candidates.PARTS for c in candidates.candidates(current, part, size)]
+  for chosen in found:
+    call.Config(delta, True, 1.0, chosen, True)
+  heads = {'value_dim': size, 'heads': 512, 'split': 1}
+  assert 'both' in {blocks.walk_of(chosen, **heads) for chosen in found}

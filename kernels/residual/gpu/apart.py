@@ -1,10 +1,10 @@
 """Kernel B with the states one after the other, a launch each: of parts, or of large heads.
 
-Where a sequence is walked in parts, what the residual state is at the end of a part has to be known
-before its outputs are, so that a walk with both states would go through the base state twice. Apart
-it goes once: it hands residuals over, as in `pair`, and leaves its part of the output where the
-whole is to be; and the residual state is walked for the ends of the parts and again for the
-outputs. Of heads of 256 the registers hold one state and not two.
+Where a sequence is walked in parts, what a state is at the end of a part has to be known before the
+outputs of the next are. With both states in a program that takes three walks through the base
+state: for its ends, for the residual state's, and for outputs. Apart it takes two of each state:
+the base state's second walk hands residuals over, as in `pair`, and leaves its part of the output
+where the whole is to be. Of heads of 256 the registers hold one state and not two.
 """
 
 import triton

@@ -40,9 +40,8 @@ class Blocks:
     bits_last: whether the forward pass stores the clip's bits at the end of a chunk: what is right
       for tiles of 64 costs registers with others. (Pairs store them as they come.)
     pair: launch of the forward pass with a program a state, in place of `forward` where heads do
-      not fill a device even so, or sequences are walked in parts; None for never.
-    apart: whether two states that are not walked as a pair are walked apart, one after the other,
-      as whole sequences too.
+      not fill a device even so, or sequences are walked in parts (`walk_of`); None for never.
+    apart: whether many heads, too, are walked with a program a state, one after the other.
     fill: programs a multiprocessor that a walk is to have, by parts of the sequence, or of a piece,
       that are walked side by side (`sequence_split`); 0 for sequences as a whole.
     split: so many parts whatever the heads that a device holds; None for what `fill` comes to.
@@ -104,8 +103,8 @@ def walk_of(chosen: Blocks, *, value_dim: int, heads: int, split: int) -> str:
   """How the forward pass walks two states for a device's heads.
 
   Returns:
-    'both' in one program (launch `forward`), in a 'pair' of programs side by side (launch `pair`)
-    if all of them run at once, or 'apart', one after the other (launch `pair`).
+    'both' in one program (launch `forward`; so is one state alone), in a 'pair' of programs side
+    by side (launch `pair`) if all of them run at once, or 'apart', one after the other (likewise).
   """
   if chosen.walk is not None:
     return chosen.walk

@@ -53,7 +53,7 @@ def candidates(
       launches = itertools.product(tiles, (1, 2, 4, 8), stages)
     found = [change(current, **{part: Kernel(*x)}) for x in launches if x[0] <= widest]
     if part == 'pair':
-      found.insert(0, change(current, pair=None))
+      found.insert(0, change(current, pair=None, apart=False, walk=None))
   else:
     raise ValueError(f'part is {part!r}; expected one of {", ".join(PARTS)}')
   return [current, *(f for f in found if f != current)]

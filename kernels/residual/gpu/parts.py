@@ -7,8 +7,8 @@ from rla_jax.kernels.residual.gpu.blocks import Kernel
 from rla_jax.kernels.residual.gpu.split import combine_kernel, transitions_kernel
 from rla_jax.kernels.residual.gpu.tiles import BASE_IN
 
-# Parts are combined one after the other, so small tiles: many programs. Three stages would save 6 %
-# of it on an H200, and not fit cards with 99 KB of shared memory.
+# Parts are combined one after the other, so small tiles: many programs. Three stages save 6 %
+# of this on an H200, and do not fit cards with 99 KB of shared memory.
 COMBINE = Kernel(16, 8, 2)
 
 

@@ -139,9 +139,9 @@ def candidate_cases(sizes, dtypes, *, hopper: bool = True) -> list[Case]:
   seen = set()
   for (*call_, walk), base in sorted(bases.items(), key=lambda item: item[0][-1] != 'both'):
     # Walks differ in their own kernel alone, and `forward` is that of walks of both states.
-    parts_ = ('pair',) if tuple(call_) in seen else candidates.PROMISING
+    varied = ('pair',) if tuple(call_) in seen else candidates.PROMISING
     seen.add(tuple(call_))
-    for part in parts_:
+    for part in varied:
       if part == 'forward' and walk != 'both':
         continue
       for chosen in candidates.candidates(base.blocks, part, base.value_dim):
