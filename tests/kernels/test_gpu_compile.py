@@ -74,7 +74,7 @@ def compiled(name, capability, delta, residual, chosen=None, size=128) -> harnes
     'STATES': 1 + residual, 'STATE': 0,
     'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in variants, 'EVEN': True,
     'OUTPUT': 'ends' not in variants, 'STORE': 'ends' not in variants,
-    'BITS_LAST': chosen.bits_last, 'LOOPED': launch.warps > 4,
+    'BITS_LAST': chosen.bits_last, 'LOOPED': chosen.looped,
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
     'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual),
     'IS_RESIDUAL': 'residual' in variants, 'HANDED': HANDED_AT_A_TIME,
@@ -155,7 +155,19 @@ def test_large_heads_keep_a_state_in_registers(name, rule):
   whole = ', whole' * (name != 'pair')
   for capability, variant in itertools.product((80, 90), ('', ', saving')):
     report = compiled(name + variant + whole, capability, *RULES[rule], size=256)
-    assert report.spill_bytes <= 400, report.log
+    # Pairs spill more with chunks of 32 than of 16, and are faster: it was measured.
+    assert report.spill_bytes <= (800 if name == 'pair' else 260), report.log
+    assert report.shared_bytes <= SHARED_LIMIT[capability] // (1 + (capability == 90))
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('name', ['prepare', 'sweep', 'queries', 'keys'])
+def test_large_heads_fit_the_card(name, rule):
+  """Of 256 keys and values, on a Hopper; `queries` has its 64 tokens in registers."""
+  report = compiled(name, 90, *RULES[rule], size=256)
+  assert report.shared_bytes <= SHARED_LIMIT[90]
+  assert report.uses_wgmma == (name != 'prepare')
+  assert report.spill_bytes <= {'queries': 0, 'keys': 310}.get(name, 120), report.log
 
 
 @pytest.mark.skipif(VERSION < (3, 9), reason="Triton 3.6 spills in the heuristic's, too")

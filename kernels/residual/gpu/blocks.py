@@ -42,6 +42,8 @@ class Blocks:
     pair: launch of the forward pass with a program a state, in place of `forward` where heads do
       not fill a device even so, or sequences are walked in parts (`walk_of`); None for never.
     apart: whether many heads, too, are walked with a program a state, one after the other.
+    looped: whether `keys` takes each product in a loop of its own, which spares registers where
+      eight warps have no wgmma.
     fill: programs a multiprocessor that a walk is to have, by parts of the sequence, or of a piece,
       that are walked side by side (`sequence_split`); 0 for sequences as a whole.
     split: so many parts whatever the heads that a device holds; None for what `fill` comes to.
@@ -59,6 +61,7 @@ class Blocks:
   bits_last: bool = False
   pair: Kernel | None = None
   apart: bool = False
+  looped: bool = False
   fill: int = 2
   split: int | None = None
   walk: str | None = None
@@ -127,61 +130,98 @@ def heuristic(
   register spills (or, of large heads, few do), by the compiler's report: nobody has timed them
   there.
   """
+  is_float32 = jnp.dtype(dtype).itemsize == 4
   # A warp holds 16 value columns of a state whole, so smaller tiles save no registers: 64 columns
   # are what wgmma wants. It cannot serve float32.
-  wide = jnp.dtype(dtype).itemsize == 4
-  large = wide or key_dim > 128
-  tile = 16 if wide else max(16, min(64, 1 << (value_dim - 1).bit_length()))
+  tile = 16 if is_float32 else max(16, min(64, 1 << (value_dim - 1).bit_length()))
   walks = heads * -(-value_dim // tile)
   # Of two states as few as keep the peak of forward and backward within twice the bytes of q, k, v,
   # o and their gradients, for heads of 128; one state has room for 2.
   pieces = {(True, True): 4, (False, True): 3}.get((delta, residual), 2) if length >= 512 else 1
   if 2 * walks <= MULTIPROCESSORS:
     pieces = min(pieces, max(1, length // 4096))  # a piece is to be long enough to be split
+  # One program a multiprocessor waits for itself.
+  is_alone = tile == 64 and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS
+  is_short = length < SHORTEST_PAIR
+  if is_float32:
+    launches = _small_chunks(tile)
+  elif key_dim > 128:
+    launches = _large_heads(tile, is_alone, delta, residual) if hopper else _small_chunks(tile)
+    if residual:  # The registers hold two states of up to 128 keys, of more they hold one.
+      pair = Kernel(tile, tile // 16, 2)
+      launches |= {'pair': pair, 'apart': True, 'walk': 'apart' if is_short else None}
+  elif hopper:
+    launches = _usual_heads(tile, is_alone, is_short, delta, residual)
+  else:
+    launches = _usual_heads_before_hopper(tile)
+  return Blocks(**{'span': 2, 'pieces': pieces, 'fill': 2 if delta else 4} | launches)
+
+
+def _usual_heads(tile, is_alone, is_short, delta, residual) -> dict:
+  """What heads of up to 128 keys take on a Hopper."""
   loop = Kernel(tile, tile // 16, 2)
-  deep = loop if large else dataclasses.replace(loop, stages=3)
+  deep = dataclasses.replace(loop, stages=3)
   rdn = delta and residual
+  # Two programs, with a state each, wait for each other: the walk takes 0.55 ms in place of 0.69,
+  # while it saves 0.71 in place of 0.88 (4 x 8192 tokens, 16 heads of 128, on an H200). Of a short
+  # sequence the second would begin when the first has ended: two of half the width wait for each
+  # other too (0.69 for 0.89 there, in place of one).
+  pair = deep if rdn and tile == 64 and not is_short else None
   # A deeper pipeline pays unless its addresses cost registers that the delta rule needs.
   forward = loop if rdn else deep
-  is_wide = not large and tile == 64
-  # One program a multiprocessor waits for itself.
-  is_alone = is_wide and MULTIPROCESSORS < 2 * walks <= 2 * MULTIPROCESSORS
-  # Two, with a state each, wait for each other: the walk takes 0.55 ms in place of 0.69, while it
-  # saves 0.71 in place of 0.88 (4 x 8192 tokens, 16 heads of 128, on an H200). Of a short sequence
-  # the second would begin when the first has ended: two of half the width wait for each other too
-  # (0.69 for 0.89 there, in place of one).
-  pair = deep if rdn and is_wide and hopper and length >= SHORTEST_PAIR else None
-  # The registers hold two states of up to 128 keys, of more they hold one.
-  apart = residual and not wide and key_dim > 128
-  if apart:
-    pair = deep
   if rdn and is_alone and pair is None:
     forward = Kernel(32, 4, 3)
-  parallel = Kernel(16, 4, 2) if large else Kernel(min(32, tile), 4, 3)
-  sweep = dataclasses.replace(deep, stages=4) if is_alone and not rdn else deep
-  queries, keys = parallel, parallel
-  if not large:
+  parallel = Kernel(min(32, tile), 4, 3)
+  return {
+    'chunk': 32,
+    'prepare': Kernel(0, 1, 1),
+    'forward': forward,
+    'sweep': dataclasses.replace(deep, stages=4) if is_alone and not rdn else deep,
+    'queries': parallel,
     # As deep as leaves the shared memory for two programs.
-    keys = dataclasses.replace(parallel, stages={(1, 0): 3, (0, 1): 5}.get((delta, residual), 4))
-  if not hopper and not large:
-    # Products of 16 rows a warp in place of 64 for four: states of 64 columns would spill.
-    forward = sweep = Kernel(min(32, tile), 4, 3)
-    queries = keys = Kernel(min(32, tile), 8, 2)
-  return Blocks(
-    chunk=16 if large else 32,
-    span=2,
-    prepare=Kernel(0, 4 if large else 1, 1),
-    forward=forward,
-    sweep=sweep,
-    queries=queries,
-    keys=keys,
-    pieces=pieces,
-    bits_last=is_wide and residual and forward.value == 64,
-    pair=pair,
-    apart=apart,
-    walk='apart' if apart and length < SHORTEST_PAIR else None,
-    fill=2 if delta else 4,
-  )
+    'keys': dataclasses.replace(
+      parallel, stages={(True, False): 3, (False, True): 5}.get((delta, residual), 4)
+    ),
+    'bits_last': residual and forward.value == 64,
+    'pair': pair,
+  }
+
+
+def _usual_heads_before_hopper(tile) -> dict:
+  """The same before Hopper: products of 16 rows a warp in place of 64 for four.
+
+  States of 64 columns would spill.
+  """
+  walk = Kernel(min(32, tile), 4, 3)
+  parallel = Kernel(min(32, tile), 8, 2)
+  return {
+    'chunk': 32, 'prepare': Kernel(0, 1, 1), 'forward': walk, 'sweep': walk, 'queries': parallel,
+    'keys': parallel, 'looped': True,
+  }  # fmt: skip
+
+
+def _large_heads(tile, is_alone, delta, residual) -> dict:
+  """What heads of over 128 keys take on a Hopper: with 8 warps registers hold 64 tokens of them."""
+  # Three stages leave the shared memory for one program a multiprocessor.
+  walk = Kernel(tile, tile // 16, 3 if is_alone else 2)
+  return {
+    'chunk': 32,
+    'prepare': Kernel(0, 2, 1),
+    'forward': walk,
+    'sweep': walk,
+    'queries': Kernel(tile, 8, 2),
+    'keys': Kernel(tile, 8, 3 if residual and not delta else 2),
+    'fill': 2,
+  }
+
+
+def _small_chunks(tile) -> dict:
+  """What serves float32, and heads of over 128 keys before Hopper."""
+  walk, parallel = Kernel(tile, tile // 16, 2), Kernel(16, 4, 2)
+  return {
+    'chunk': 16, 'prepare': Kernel(0, 4, 1), 'forward': walk, 'sweep': walk, 'queries': parallel,
+    'keys': parallel,
+  }  # fmt: skip
 
 
 def table_path(device_kind: str) -> pathlib.Path:

@@ -89,7 +89,7 @@ class Call:
       'BLOCK_V': block.value, 'DELTA': self.config.delta, 'RESIDUAL': self.config.residual,
       'CLIP': self.config.clip, 'SPAN': self.config.blocks.span, 'SEGMENTED': self.is_segmented,
       'EVEN': self._is_even(block.value), 'PRECISION': _precision(self.q.dtype),
-      'STAGES': block.stages, 'LOOPED': block.warps > 4, 'HANDED': HANDED_AT_A_TIME,
+      'STAGES': block.stages, 'LOOPED': self.config.blocks.looped, 'HANDED': HANDED_AT_A_TIME,
     }  # fmt: skip
     names = {p.name for p in kernel.params if p.is_constexpr}
     known = {n: x for n, x in known.items() if n in names} | constexprs
