@@ -152,9 +152,10 @@ def check_accuracy(seed: int, file: Rows) -> list[str]:
       cases.append((row, case))
 
   def check(index):
-    implementation, problem, packed, correlation = cases[index][1]
+    row, (implementation, problem, packed, correlation) = cases[index]
+    row['seed'] = seed + index
     return accuracy.check(
-      problem, implementation, seed + index, packed=packed, correlation=correlation
+      problem, implementation, row['seed'], packed=packed, correlation=correlation
     )
 
   end = deadline()

@@ -14,7 +14,7 @@ def draw(rows: list[dict], folder: pathlib.Path, hardware: str) -> None:
     chosen = [r for r in rows if (r['size'], r['direction']) == (size, direction)]
     if len({r['length'] for r in chosen}) < 2:
       continue
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), constrained_layout=True)
     names = sorted({(r['operation'], r['implementation']) for r in chosen})
     operations = sorted({operation for operation, _ in names})
     styles = {'triton': '-', 'chunked': ':', 'fla': '--', 'cudnn': '-'}
@@ -41,7 +41,10 @@ def draw(rows: list[dict], folder: pathlib.Path, hardware: str) -> None:
       axis.minorticks_off()
       axis.grid(alpha=0.3)
     axes[1].set_ylim(bottom=0)
-    axes[0].legend(fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+      handles, labels, loc='outside lower center', ncols=5, fontsize=8, handlelength=3.5
+    )
     figure.suptitle(f'{direction}, head size {size}, {hardware}', fontsize=10)
     figure.savefig(folder / f'speed_{direction}_{size}.png', dpi=130)
     plt.close(figure)

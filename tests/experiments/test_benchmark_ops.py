@@ -1,6 +1,7 @@
 """The operators' benchmark judges by the right oracle, counts right and writes what it measured."""
 
 import csv
+import functools
 import os
 import pathlib
 import subprocess
@@ -89,6 +90,24 @@ def test_mask_is_read_off_the_gradient():
   np.testing.assert_array_equal(accuracy._read_off_mask(mask, innovation, dr, dv, wanted), own)
   dv[[0, 5]] = [-dv[0], dv[5] + 1]  # far from the bound: an error, not a flip
   np.testing.assert_array_equal(accuracy._read_off_mask(mask, innovation, dr, dv, wanted), own)
+
+
+def test_mask_is_pinned_until_it_settles(monkeypatch):
+  """Of keys that are alike many entries lie near the bound, and each changes others' gradients."""
+  problem = small('rla')
+  arrays, segments, cotangents = accuracy._draw(problem, 4, False, 0.9)
+  oracle = lambda *mask: accuracy._oracle(problem, arrays, segments, cotangents, *mask)  # noqa: E731
+  values, _, innovation, _ = oracle()
+  monkeypatch.setattr(accuracy, 'NEAR', 0.5)
+  mask = np.abs(innovation) < accuracy.CLIP
+  near = np.abs(np.abs(innovation) - accuracy.CLIP) < accuracy.NEAR
+  own = mask ^ (near & (np.arange(near.size) % 3 == 0).reshape(near.shape))
+  monkeypatch.setattr(accuracy, '_candidate', lambda *_: (values, oracle(own)[1]))
+  check = functools.partial(accuracy.check, problem, 'any', 4, correlation=0.9)
+  assert check().errors['dv'] < 1e-12
+  assert check().flipped == np.mean(own != mask)
+  monkeypatch.setattr(accuracy, 'ROUNDS', 1)
+  assert check().errors['dv'] > 0.01
 
 
 def test_counts():
