@@ -104,10 +104,23 @@ def test_mask_is_pinned_until_it_settles(monkeypatch):
   own = mask ^ (near & (np.arange(near.size) % 3 == 0).reshape(near.shape))
   monkeypatch.setattr(accuracy, '_candidate', lambda *_: (values, oracle(own)[1]))
   check = functools.partial(accuracy.check, problem, 'any', 4, correlation=0.9)
-  assert check().errors['dv'] < 1e-12
-  assert check().flipped == np.mean(own != mask)
+  report = check()
+  assert report.settled and report.errors['dv'] < 1e-12
+  assert report.flipped == np.mean(own != mask)
   monkeypatch.setattr(accuracy, 'ROUNDS', 1)
   assert check().errors['dv'] > 0.01
+  assert any('not settled' in f for f in check().failures('bfloat16'))
+
+
+def test_wrong_bound_fails(monkeypatch):
+  """A pinned mask explains it; that it is not the oracle's is told by how many entries flip."""
+  problem = small('rla', length=64, dtype='bfloat16')
+  call = accuracy._draw(problem, 5, False, 0.0)
+  values, _, innovation, _ = accuracy._oracle(problem, *call)
+  gradients = accuracy._oracle(problem, *call, np.abs(innovation) < 1.02 * accuracy.CLIP)[1]
+  monkeypatch.setattr(accuracy, '_candidate', lambda *_: (values, gradients))
+  (failure,) = accuracy.check(problem, 'any', 5).failures('bfloat16')
+  assert failure.startswith('flipped_mask_entries')
 
 
 def test_counts():
@@ -200,7 +213,8 @@ def test_command_refuses_an_unknown_suite(tmp_path):
 
 def test_command_writes_what_it_measured(tmp_path):
   command = [
-    sys.executable, 'experiments/benchmark_ops.py', '--suites=decode', '--operations=rdn',
+    sys.executable, 'experiments/benchmark_ops.py', '--suites=accuracy,decode', '--operations=rdn',
+    '--accuracy_sizes=16', '--accuracy_lengths=1', '--seed=7',
     '--implementations=chunked,triton', '--sequences=32', '--width=64', '--sizes=16',
     '--dtype=float32', '--repeats=7', f'--out={tmp_path}',
   ]  # fmt: skip
@@ -214,3 +228,7 @@ def test_command_writes_what_it_measured(tmp_path):
   for column in ('date', 'commit', 'hardware', 'versions', 'command'):
     assert row[column]
   assert 'rdn triton decode 1: not run:' in done.stderr + done.stdout
+  with open(tmp_path / 'accuracy.csv') as file:
+    rows = list(csv.DictReader(file))
+  assert {row['implementation'] for row in rows} == {'chunked'}
+  assert len({row['seed'] for row in rows}) == len(rows) and min(int(r['seed']) for r in rows) >= 7

@@ -1,7 +1,8 @@
 """The Triton kernels as they are compiled for A100 and H100/H200, without a card: nothing spills.
 
 K = V = 128, bfloat16, the heuristic's choice for 256 heads of 2048 tokens, that of `pair` for 64 of
-8192; 'short' for 64 of 512, where RDN's walk takes half the tile. And what was tuned.
+8192; 'short' for 64 of 512, where RDN's walk takes half the tile; 'alone' for as many of 8192 as
+leave a program a multiprocessor. And what was tuned.
 """
 
 import itertools
@@ -57,6 +58,8 @@ def compiled(name, capability, delta, residual, chosen=None, size=128) -> harnes
   heads, length = (64, 512) if 'short' in variants else (256, 2048)
   if word == 'pair':
     heads, length = 64, 8192
+  if 'alone' in variants:
+    heads, length = 64 * 128 // size, 8192
   chosen = chosen or blocks.heuristic(
     delta=delta, residual=residual, key_dim=size, value_dim=size, dtype=jnp.bfloat16, heads=heads,
     length=length, hopper=capability >= 90,
@@ -74,7 +77,7 @@ def compiled(name, capability, delta, residual, chosen=None, size=128) -> harnes
     'STATES': 1 + residual, 'STATE': 0,
     'DELTA': delta, 'RESIDUAL': residual, 'CLIP': 1.0, 'SAVE': 'saving' in variants, 'EVEN': True,
     'OUTPUT': 'ends' not in variants, 'STORE': 'ends' not in variants,
-    'BITS_LAST': chosen.bits_last, 'LOOPED': chosen.looped,
+    'BITS_LAST': chosen.bits_last, 'LOOPED': chosen.looped and launch.warps > 4,
     'SEGMENTED': False, 'ADJOINT': False, 'PRECISION': 'tf32', 'SOLVE': 'parts',
     'STAGES': launch.stages, 'MATRICES': matrices(delta=delta, residual=residual),
     'IS_RESIDUAL': 'residual' in variants, 'HANDED': HANDED_AT_A_TIME,
@@ -152,22 +155,56 @@ def test_no_register_spills(capability, name, rule):
 @pytest.mark.parametrize('name', ['base part', 'residual part', 'pair'])
 def test_large_heads_keep_a_state_in_registers(name, rule):
   """Of 256 keys and values; a program with both states would spill 2 KiB."""
-  whole = ', whole' * (name != 'pair')
-  for capability, variant in itertools.product((80, 90), ('', ', saving')):
-    report = compiled(name + variant + whole, capability, *RULES[rule], size=256)
-    # Pairs spill more with chunks of 32 than of 16, and are faster: it was measured.
-    assert report.spill_bytes <= (800 if name == 'pair' else 260), report.log
+  # Of a Hopper pairs spill more with chunks of 32 than of 16, and are faster: it was measured.
+  bounds = {80: 360, 90: 760 if name == 'pair' else 310}
+  shapes = ('',) if name == 'pair' else ('', ', whole')
+  variants = itertools.product(bounds, ('', ', saving'), shapes)
+  for capability, saving, shape in variants:
+    report = compiled(name + saving + shape, capability, *RULES[rule], size=256)
+    assert report.spill_bytes <= bounds[capability], report.log
+    # Of a Hopper two programs are to have a multiprocessor.
     assert report.shared_bytes <= SHARED_LIMIT[capability] // (1 + (capability == 90))
 
 
 @pytest.mark.parametrize('rule', RULES)
-@pytest.mark.parametrize('name', ['prepare', 'sweep', 'queries', 'keys'])
-def test_large_heads_fit_the_card(name, rule):
+def test_large_heads_fit_the_card(rule):
   """Of 256 keys and values, on a Hopper; `queries` has its 64 tokens in registers."""
-  report = compiled(name, 90, *RULES[rule], size=256)
-  assert report.shared_bytes <= SHARED_LIMIT[90]
-  assert report.uses_wgmma == (name != 'prepare')
-  assert report.spill_bytes <= {'queries': 0, 'keys': 310}.get(name, 120), report.log
+  names = ['prepare', 'sweep', 'sweep, alone', 'queries', 'keys']
+  if 'residual' in rule:
+    names += ['sweep, residual', 'sweep, residual, alone']
+  else:
+    names += ['forward', 'forward, saving', 'forward, alone', 'forward, saving, alone']
+  if 'delta' in rule:
+    names += ['transitions', 'combine']
+  bounds = {'queries': 0, 'transitions': 0, 'combine': 0, 'keys': 310}
+  for name in names:
+    report = compiled(name, 90, *RULES[rule], size=256)
+    assert report.shared_bytes <= SHARED_LIMIT[90], name
+    assert report.uses_wgmma == (name not in ('prepare', 'combine')), name
+    assert report.spill_bytes <= bounds.get(name, 220), (name, report.log)
+
+
+@pytest.mark.parametrize(
+  ('rule', 'size'),
+  [
+    pytest.param(*x, marks=() if x == ('additive residual', 256) else pytest.mark.slow)
+    for x in itertools.product(RULES, (128, 256))
+  ],
+)
+def test_chunks_of_64_fit_the_card(rule, size):
+  """Which a caller may ask for: not fast, but they run."""
+  delta, residual = RULES[rule]
+  chosen = blocks.heuristic(
+    delta=delta, residual=residual, key_dim=size, value_dim=size, dtype=jnp.bfloat16,
+    heads=64 * 128 // size, length=8192,
+  )  # fmt: skip
+  chosen = blocks.with_chunk(chosen, 64, 1)
+  names = ['prepare', 'sweep', 'queries', 'keys']
+  names += ['sweep, residual'] * residual
+  names += ['pair', 'pair, saving'] if chosen.pair else ['forward', 'forward, saving']
+  for name in names:
+    report = compiled(name, 90, delta, residual, chosen, size)
+    assert report.shared_bytes <= SHARED_LIMIT[90], name
 
 
 @pytest.mark.skipif(VERSION < (3, 9), reason="Triton 3.6 spills in the heuristic's, too")

@@ -33,7 +33,7 @@ class Case:
   """A problem. `hard`: strengths of 1, no decay and keys alike, as of repeated tokens.
 
   `common`: share of one direction in all keys. `extreme`: gates of 0, next to nothing, 1 and below
-  0, side by side.
+  0, side by side. `looped`: as with eight warps where there is no wgmma.
   """
 
   update: str = 'delta'
@@ -55,6 +55,7 @@ class Case:
   pieces: int = 1
   split: int | None = None
   walk: str | None = None
+  looped: bool = False
 
 
 CASES = {
@@ -126,6 +127,11 @@ CASES = {
     dtype='bfloat16', update='additive', clip=None, G=2, H=4, K=20, V=24, T=150, walk='pair'
   ),
   'paired, bfloat16, far bound': Case(dtype='bfloat16', clip=1e6, K=32, V=40, T=100, walk='pair'),
+  'large heads, bfloat16, odd sizes': Case(dtype='bfloat16', K=200, V=40, T=125, walk='apart'),
+  'large heads, narrow values, additive': Case(
+    dtype='float16', update='additive', K=130, V=16, T=70, walk='pair'
+  ),
+  'looped': Case(T=70, K=20, V=40, looped=True),
 }
 SLOW_CASES = {
   'split, pieces, grouped heads, odd sizes': Case(G=1, H=2, K=20, V=40, T=150, pieces=2, split=3),
@@ -209,9 +215,11 @@ def test_values_and_gradients(name, monkeypatch):
   def heuristic(**sizes):
     chosen = plain(**sizes)
     pair = chosen.forward if case.walk else None
+    keys = dataclasses.replace(chosen.keys, warps=8) if case.looped else chosen.keys
     return dataclasses.replace(
-      chosen, pieces=case.pieces, split=case.split, pair=pair, apart=False, walk=case.walk
-    )
+      chosen, pieces=case.pieces, split=case.split, pair=pair, apart=False, walk=case.walk,
+      looped=case.looped, keys=keys,
+    )  # fmt: skip
 
   monkeypatch.setattr(blocks, 'heuristic', heuristic)
   dtypes = [case.dtype] * 3 + ['float32'] * 5

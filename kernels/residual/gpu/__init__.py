@@ -79,8 +79,6 @@ def residual_attention(
     ValueError: chunk_size is not one that the kernels have.
     NotImplementedError: the call is `unsupported`.
   """
-  import dataclasses
-
   from rla_jax.kernels.residual.gpu import blocks, call, launch
 
   T, K = k_BTGK.shape[1], k_BTGK.shape[3]
@@ -112,7 +110,7 @@ def residual_attention(
     length=T,
   )
   if chunk_size is not None:
-    chosen = dataclasses.replace(chosen, chunk=chunk_size, span=max(1, 64 // chunk_size))
+    chosen = blocks.with_chunk(chosen, chunk_size, 64 // chunk_size)
   config = call.Config(
     delta=update == 'delta',
     residual=gamma_BTH is not None,

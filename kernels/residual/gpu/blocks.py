@@ -42,8 +42,8 @@ class Blocks:
     pair: launch of the forward pass with a program a state, in place of `forward` where heads do
       not fill a device even so, or sequences are walked in parts (`walk_of`); None for never.
     apart: whether many heads, too, are walked with a program a state, one after the other.
-    looped: whether `keys` takes each product in a loop of its own, which spares registers where
-      eight warps have no wgmma.
+    looped: whether `keys` takes each product in a loop of its own if it has eight warps, which
+      spares registers where there is no wgmma.
     fill: programs a multiprocessor that a walk is to have, by parts of the sequence, or of a piece,
       that are walked side by side (`sequence_split`); 0 for sequences as a whole.
     split: so many parts whatever the heads that a device holds; None for what `fill` comes to.
@@ -95,6 +95,21 @@ def parts(chosen: Blocks, walk: Kernel, *, value_dim: int, heads: int, spans: in
   programs = heads * -(-value_dim // walk.value)
   wanted = chosen.split or sequence_split(programs, spans, fill=chosen.fill)
   return -(-spans // -(-spans // min(wanted, spans)))
+
+
+def with_chunk(chosen: Blocks, chunk: int, span: int) -> Blocks:
+  """The record with chunks of a size that it was not chosen for.
+
+  With 64 tokens deep pipelines do not fit the shared memory, nor `prepare` the registers of a warp
+  or two.
+  """
+  change = dataclasses.replace
+  chosen = change(chosen, chunk=chunk, span=span)
+  if chunk < 64:
+    return chosen
+  walks = {name: getattr(chosen, name) for name in ('forward', 'sweep', 'pair')}
+  walks = {n: change(k, stages=min(2, k.stages)) for n, k in walks.items() if k is not None}
+  return change(chosen, **walks, prepare=Kernel(0, 4, 1))
 
 
 def split_launch(chosen: Blocks) -> Kernel:
@@ -154,7 +169,8 @@ def heuristic(
     launches = _usual_heads(tile, is_alone, is_short, delta, residual)
   else:
     launches = _usual_heads_before_hopper(tile)
-  return Blocks(**{'span': 2, 'pieces': pieces, 'fill': 2 if delta else 4} | launches)
+  common = {'span': 2, 'pieces': pieces, 'fill': 2 if delta else 4}
+  return Blocks(**common | launches, looped=is_float32 or not hopper)
 
 
 def _usual_heads(tile, is_alone, is_short, delta, residual) -> dict:
@@ -196,7 +212,7 @@ def _usual_heads_before_hopper(tile) -> dict:
   parallel = Kernel(min(32, tile), 8, 2)
   return {
     'chunk': 32, 'prepare': Kernel(0, 1, 1), 'forward': walk, 'sweep': walk, 'queries': parallel,
-    'keys': parallel, 'looped': True,
+    'keys': parallel,
   }  # fmt: skip
 
 
@@ -204,14 +220,17 @@ def _large_heads(tile, is_alone, delta, residual) -> dict:
   """What heads of over 128 keys take on a Hopper: with 8 warps registers hold 64 tokens of them."""
   # Three stages leave the shared memory for one program a multiprocessor.
   walk = Kernel(tile, tile // 16, 3 if is_alone else 2)
+  # Narrower tiles have no wgmma, and by the compiler's report no registers for 32 tokens.
+  chunk = 32 if tile == 64 else 16
   return {
-    'chunk': 32,
+    'chunk': chunk,
+    'span': 64 // chunk,
     'prepare': Kernel(0, 2, 1),
     'forward': walk,
     'sweep': walk,
     'queries': Kernel(tile, 8, 2),
     'keys': Kernel(tile, 8, 3 if residual and not delta else 2),
-    'fill': 2,
+    'fill': 2,  # more parts cost more than they gain: each has states of 256 x 256
   }
 
 

@@ -6,7 +6,7 @@ None is in use before its gradients were found right on the card at hand.
 import dataclasses
 import itertools
 
-from rla_jax.kernels.residual.gpu.blocks import Blocks, Kernel
+from rla_jax.kernels.residual.gpu.blocks import Blocks, Kernel, with_chunk
 
 PARTS = ('chunk', 'forward', 'pair', 'sweep', 'queries', 'keys', 'prepare', 'fill', 'pieces')
 # The shorter list: tiles with warps and stages that have been among the fastest of their kind.
@@ -37,7 +37,7 @@ def candidates(
   widest = max(16, 1 << (value_dim - 1).bit_length())
   if part == 'chunk':
     sizes = itertools.product((16, 32, 64), (1, 2, 4)) if thorough else ((32, 2), (64, 1))
-    found = [change(current, chunk=c, span=s) for c, s in sizes if c * s <= 128]
+    found = [with_chunk(current, c, s) for c, s in sizes if c * s <= 128]
   elif part == 'pair' and current.pair is None:
     found = []
   elif part == 'pieces':

@@ -89,7 +89,8 @@ class Call:
       'BLOCK_V': block.value, 'DELTA': self.config.delta, 'RESIDUAL': self.config.residual,
       'CLIP': self.config.clip, 'SPAN': self.config.blocks.span, 'SEGMENTED': self.is_segmented,
       'EVEN': self._is_even(block.value), 'PRECISION': _precision(self.q.dtype),
-      'STAGES': block.stages, 'LOOPED': self.config.blocks.looped, 'HANDED': HANDED_AT_A_TIME,
+      'STAGES': block.stages, 'LOOPED': self.config.blocks.looped and block.warps > 4,
+      'HANDED': HANDED_AT_A_TIME,
     }  # fmt: skip
     names = {p.name for p in kernel.params if p.is_constexpr}
     known = {n: x for n, x in known.items() if n in names} | constexprs
@@ -121,7 +122,7 @@ class Call:
     """Spans of a piece of the backward pass, the last of which may be shorter.
 
     Up to an eighth longer than it must be, if that fills the last round of the parallel kernels,
-    which run two programs on a multiprocessor.
+    which run two programs on a multiprocessor (of large heads one).
     """
     size = -(-self.spans // min(self.config.blocks.pieces, self.spans))
     rounds = -(-size * self.pairs // (2 * MULTIPROCESSORS))
