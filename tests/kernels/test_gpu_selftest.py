@@ -110,3 +110,16 @@ def test_self_test_covers_candidates():
         assert {(c.delta, c.residual) for c in tried} == RULES
   pairs = {dataclasses.astuple(c.blocks.pair) for c in cases if c.blocks.pair}
   assert pairs == set(candidates.PROMISING['pair'])
+
+
+def test_self_test_skips_what_tuning_would_try_and_does_not_fit():
+  error = RuntimeError(
+    'INTERNAL: CustomCall failed: Shared memory requested (239500 b) exceeds device resources '
+    '(232448 b).'
+  )
+  assert not selftest.finding(error, is_tried=True)[1]
+  assert selftest.finding(error, is_tried=False)[1]
+  assert selftest.finding(ValueError(), is_tried=True) == ('ValueError', True)
+  tried = {c.source.split()[0]: c.is_tried for c in selftest.candidate_cases([64], ['bfloat16'])}
+  assert not tried.pop('heuristic')
+  assert tried and all(tried.values())

@@ -42,16 +42,12 @@ def written(write, k, state, DELTA: tl.constexpr, dtype: tl.constexpr, PRECISION
 
 @triton.jit
 def errors(exact, pointers, PRECISION: tl.constexpr):
-  """y and what its dtype leaves of it, and both times inverse^T: errors of like keys cancel."""
-  dtype = pointers.dtype.element_ty
-  y = exact.to(dtype)
-  rest = (exact - y.to(tl.float32)).to(dtype)
-  inverse = tl.trans(tl.load(pointers))
-  if dtype == tl.float32:
-    return y, rest, tl.dot(y, inverse, input_precision=PRECISION)
-  else:
-    F = tl.dot(rest, inverse, input_precision=PRECISION)
-    return y, rest, tl.dot(y, inverse, F, input_precision=PRECISION)
+  """y, rounded to the dtype of the matrices, and y inverse^T.
+
+  Errors of like keys cancel; so does what is rounded of y, as `prepare` stores the inverse.
+  """
+  y = exact.to(pointers.dtype.element_ty)
+  return y, tl.dot(y, tl.trans(tl.load(pointers)), input_precision=PRECISION)
 
 
 @triton.jit
@@ -182,8 +178,8 @@ def forward_kernel(
         v = tl.dot(v, identity, input_precision=PRECISION)
       exact = v - decay_in * X
       if RESIDUAL:  # here, or more is in registers while the errors are found
-        faded = (decay_in - tl.load(gates + BASE_BEFORE * C + i)[None, :]) * X
-      y, rest, F = errors(exact, square + C * C, PRECISION)
+        r = exact + (decay_in - tl.load(gates + BASE_BEFORE * C + i)[None, :]) * X
+      y, F = errors(exact, square + C * C, PRECISION)
       if SAVE and WIDE:
         store_tile(base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
       if READ_LATE:
@@ -197,9 +193,7 @@ def forward_kernel(
       F = v
     if RESIDUAL:
       residual_square = square + (1 + DELTA) * C * C
-      if DELTA:  # v has left its registers to the errors
-        r = faded + (y.to(tl.float32) + rest.to(tl.float32))
-      else:
+      if not DELTA:
         r = v - tl.load(gates + BASE_BEFORE * C + i)[None, :] * X
       prediction = tl.trans(tl.load(residual_square + C * C))
       r -= tl.dot(y, prediction, input_precision=PRECISION)
@@ -225,7 +219,7 @@ def forward_kernel(
       if DELTA:
         Y = tl.dot(R_low, tl.trans(k), input_precision=PRECISION)
         exact = r - tl.load(gates + RESIDUAL_IN * C + i)[None, :] * Y
-        y, _, F = errors(exact, residual_square + 2 * C * C, PRECISION)
+        y, F = errors(exact, residual_square + 2 * C * C, PRECISION)
       else:
         y = r.to(square_dtype)
         F = r

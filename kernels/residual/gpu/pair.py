@@ -133,7 +133,7 @@ def walk_chunk(
     X = tl.dot(low, tl.trans(k), input_precision=PRECISION)
   if DELTA:
     inverse = square + (1 if IS_BASE else 2) * C * C
-    y, _, F = errors(v - tl.load(gates + IN * C + i)[None, :] * X, inverse, PRECISION)
+    y, F = errors(v - tl.load(gates + IN * C + i)[None, :] * X, inverse, PRECISION)
   else:
     y = v.to(matrices_ptr.dtype.element_ty)
     F = v
