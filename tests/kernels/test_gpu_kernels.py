@@ -265,7 +265,7 @@ def test_values_and_gradients(name, monkeypatch):
   ('chunk_size', 'dtype'), [(16, 'bfloat16'), (32, 'bfloat16'), (64, 'bfloat16'), (32, 'float16')]
 )
 def test_states_of_keys_alike_are_as_exact_as_others(chunk_size, dtype):
-  """The inverse is stored with its sums down the columns; rounded freely it gives 0.003 to 0.005."""
+  """The inverse keeps its sums down the columns; rounded freely it gives 0.003 to 0.005."""
   oracle, _ = problem(Case(dtype=dtype, T=256, G=8, H=8, K=32, V=32, common=0.9))
   oracle = dataclasses.replace(oracle, log_decay=oracle.log_decay / 20)  # or few tokens are seen
   dtypes = [dtype] * 3 + ['float32'] * 5

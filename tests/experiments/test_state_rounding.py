@@ -1,0 +1,68 @@
+"""The emulation of the kernels' roundings: it is the recurrence, and errs as the kernels do."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / 'experiments'))
+
+import state_rounding
+
+from tests.errors import error
+from tests.oracle import Call, recurrence
+
+TOKENS = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')
+
+
+def drawn(kinds=1):
+  with jax.enable_x64(True):
+    return state_rounding.draw(32, kinds, 0, 256)
+
+
+def walked(inputs, variant=None):
+  with jax.enable_x64(True):
+    return [np.asarray(x) for x in state_rounding.walk(inputs, variant)]
+
+
+def test_exact_walk_is_the_recurrence():
+  inputs = drawn(kinds=2)
+  tokens = (inputs[n][None] for n in TOKENS)
+  wanted = recurrence(Call(*tokens, inputs['base'][None], inputs['residual'][None]))
+  for name, x in zip(('base', 'residual'), walked(inputs), strict=True):
+    assert error(x, wanted[name][0]) < 1e-12, name
+
+
+def test_sums_down_the_columns_are_kept():
+  rng = np.random.default_rng(0)
+  X = np.eye(32) - np.tril(rng.random((2, 32, 32)), -1)
+  weights = rng.random((2, 32))
+  with jax.enable_x64(True):
+    found, free = (
+      np.einsum('hi,hij->hj', weights, np.asarray(Y) - X)
+      for Y in (state_rounding.kept(jnp.asarray(X), weights), state_rounding.low(jnp.asarray(X)))
+    )
+  # Above the diagonal of the first columns there is no room.
+  assert np.abs(found[:, 4:]).mean() < 0.1 * np.abs(free[:, 4:]).mean()
+  assert np.abs(found).max() <= np.abs(free).max()
+
+
+def test_kernels_err_as_the_emulation_does():
+  pytest.importorskip('triton')
+  from rla_jax.kernels.residual import gpu
+
+  inputs = drawn()
+  dtypes = ['bfloat16'] * 3 + ['float32'] * 3
+  tokens = (jnp.asarray(inputs[n][None], d) for n, d in zip(TOKENS, dtypes, strict=True))
+  states = (jnp.asarray(inputs[n][None], jnp.float32) for n in ('base', 'residual'))
+  _, *found = gpu.residual_attention(
+    *tokens, *states, None, update='delta', clip=1.0, readout='gated', interpret=True
+  )
+  exact, emulated = walked(inputs), walked(inputs, 'all')
+  for name, x, y, z in zip(('base', 'residual'), found, emulated, exact, strict=True):
+    x = np.asarray(x[0], np.float64)
+    assert error(x, z) > 1e-3, name
+    assert error(x, y) < 0.5 * error(x, z), (name, error(x, y), error(x, z))
