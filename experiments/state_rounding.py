@@ -1,7 +1,7 @@
 """Which rounding the final states of RDN owe their errors to, where keys are alike; on any machine.
 
-    python experiments/state_rounding.py                       # 5 minutes
-    python experiments/state_rounding.py --sizes=64 --kinds=1 --draws=2     # half a minute
+    python experiments/state_rounding.py                       # 3 minutes
+    python experiments/state_rounding.py --sizes=64 --kinds=1 --draws=2     # seconds
 
 Walks the chunks as the Triton kernels do, in float64 but for what they round: states to bfloat16
 where they are read, the errors that the inverse is applied to and what is written, each in one part
@@ -12,7 +12,7 @@ of several that take turns at random. The reference is the same walk with nothin
   all      what the kernels round now: sums of the inverse down its columns are kept (`prepare`)
   free     the same, with each element of the inverse rounded to the nearest
   parts    `all`, with the errors in two parts
-  free parts     both, which is how it was before
+  free parts     both, as it was until commit b851198
   exact inverse  `free parts`, with the inverse not rounded at all
 
 Prints a table in per cent, RMS(error) / RMS(state), and writes state_rounding.csv to --out.
@@ -39,6 +39,7 @@ DRAWS = flags.DEFINE_integer('draws', 20, 'inputs, of two heads each', lower_bou
 LENGTH = flags.DEFINE_integer('length', 2048, 'tokens, whole chunks of 32', lower_bound=32)
 OUT = flags.DEFINE_string('out', 'runs/state_rounding', 'folder of the CSV file')
 
+COLUMNS = [f'{state}_{x}' for state in ('base', 'residual') for x in ('mean', 'largest')]
 CHUNK, SHARE, LEAST = 32, 0.9, 0.05  # LEAST as in kernels.residual.gpu.prepare
 # inverse: '', 'free' or 'kept'; whether errors are rounded to one part, and everything else is.
 VARIANTS = {
@@ -141,6 +142,22 @@ def errors_of(size: int, kinds: int, seed: int, length: int) -> dict[str, np.nda
     }  # fmt: skip
 
 
+def table(rows: list[dict], size: int) -> str:
+  """Markdown of the rows of one size: means of base and residual state, largest in brackets."""
+  rows = [r for r in rows if int(r['size']) == size]
+  kinds = list(dict.fromkeys(int(r['kinds']) for r in rows))
+  lines = [['', *(f'{n} kind' + 's' * (n > 1) for n in kinds)], ['---'] * (1 + len(kinds))]
+  for variant in VARIANTS:
+    line = [variant]
+    for n in kinds:
+      (row,) = (r for r in rows if (int(r['kinds']), r['variant']) == (n, variant))
+      percent = {name: f'{100 * float(row[name]):.2f}' for name in COLUMNS}
+      cell = '{base_mean} {residual_mean} ({base_largest} {residual_largest})'
+      line.append(cell.format(**percent))
+    lines.append(line)
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
 def main(_):
   """Measures, prints and writes."""
   sizes, all_kinds = numbers(SIZES), numbers(KINDS)
@@ -156,13 +173,12 @@ def main(_):
       found = [errors_of(size, kinds, seed, LENGTH.value) for seed in seeds]
       for variant in VARIANTS:
         errors = np.array([x[variant] for x in found])
+        figures = np.stack([errors.mean(0), errors.max(0)], 1).ravel()
         row = {'size': size, 'kinds': kinds, 'variant': variant}
-        for name, x in zip(('base', 'residual'), errors.T, strict=True):
-          row |= {f'{name}_mean': f'{x.mean():.2e}', f'{name}_largest': f'{x.max():.2e}'}
+        row |= {name: f'{x:.2e}' for name, x in zip(COLUMNS, figures, strict=True)}
         row['over'] = float(np.mean(errors.max(1) > 0.005))
         rows.append(row | source)
-        columns = [n for n in row if n.endswith(('_mean', '_largest'))]
-        figures = ' '.join(f'{100 * float(row[n]):.2f}' for n in columns)
+        figures = ' '.join(f'{100 * x:.2f}' for x in figures)
         print(f'{size:4} {kinds:3} {variant:14} {figures} {row["over"]:.2f}', flush=True)
   out = pathlib.Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
