@@ -147,6 +147,7 @@ def test_generate_without_a_run(tmp_path):
     ('benchmark_ops', ['--lengths=0'], "--lengths has '0'; expected whole numbers"),
     ('benchmark_ops', ['--suites=speed'], "the platform is 'cpu', no GPU"),
     ('support_table', ['--implementations=fast'], "--implementations has 'fast'; expected"),
+    ('state_rounding', ['--length=65'], '--length is 65; expected a multiple of 32'),
     ('state_tracking_sweep', ['--workdir=run', '--tasks=foo'], "--tasks has 'foo'; expected"),
   ],
 )

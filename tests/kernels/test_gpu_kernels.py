@@ -32,8 +32,9 @@ GATES = ('log_decay', 'beta', 'gamma')
 class Case:
   """A problem. `hard`: strengths of 1, no decay and keys alike, as of repeated tokens.
 
-  `common`: share of one direction in all keys. `extreme`: gates of 0, next to nothing, 1 and below
-  0, side by side. `looped`: as with eight warps where there is no wgmma.
+  `common`: share of one direction in all keys. `gates`: what all strengths are. `extreme`: gates of
+  0, next to nothing, 1 and below 0, side by side. `looped`: as with eight warps where there is no
+  wgmma.
   """
 
   update: str = 'delta'
@@ -50,6 +51,7 @@ class Case:
   resets: bool = False
   hard: bool = False
   common: float = 0.0
+  gates: float | None = None
   extreme: bool = False
   chunk_size: int | None = None
   pieces: int = 1
@@ -74,6 +76,13 @@ CASES = {
   'bfloat16, keys alike': Case(dtype='bfloat16', T=256, K=128, V=128, common=0.9),
   'bfloat16, keys alike, base alone': Case(
     dtype='bfloat16', T=256, K=128, V=128, common=0.9, residual=False
+  ),
+  # An inverse that grows, in both signs.
+  'bfloat16, keys alike, gates below 0': Case(
+    dtype='bfloat16', T=64, K=32, V=32, common=0.9, gates=-0.3, clip=None
+  ),
+  'float16, keys alike, gates of 1': Case(
+    dtype='float16', T=128, K=32, V=32, common=0.9, gates=1.0
   ),
   'float16': Case(dtype='float16', K=32, V=32),
   'bfloat16, odd sizes, grouped heads, segments, resets, pieces': Case(
@@ -162,6 +171,8 @@ def problem(case: Case, seed: int = 0):
   v = rounded(rng.standard_normal((B, T, H, V)))
   log_decay = np.zeros((B, T, H)) if case.hard else -0.3 * rng.random((B, T, H))
   beta, gamma = np.ones((2, B, T, H)) if case.hard else rng.random((2, B, T, H))
+  if case.gates is not None:
+    beta, gamma = np.full((2, B, T, H), case.gates)
   if case.extreme:
     beta, gamma = rng.choice([0, 1e-20, 1e-6, 1e-3, 1, -1e-9, -0.3], (2, B, T, H))
   if case.resets:

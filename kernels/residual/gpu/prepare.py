@@ -41,6 +41,9 @@ from rla_jax.kernels.residual.gpu.triangle import (
 )
 
 ROWS = tl.constexpr(GATES)
+# Of the change above the diagonal of a stored inverse: see `store_inverse`.
+LEAST = tl.constexpr(0.05)
+MOST = tl.constexpr(2**-8)
 
 
 def matrices(*, delta: bool, residual: bool) -> int:
@@ -73,23 +76,22 @@ def halves(x, C: tl.constexpr):
 
 
 @triton.jit
-def lost(w, X, dtype: tl.constexpr):
-  """What w^T X gains when X is rounded, element by element: to be summed over the rows."""
-  return w[:, None] * (X.to(dtype).to(tl.float32) - X)
+def gain(w, X, dtype: tl.constexpr):
+  """w^T X when X is rounded less w^T X, column by column."""
+  return tl.sum(w[:, None] * (X.to(dtype).to(tl.float32) - X), 0)
 
 
 @triton.jit
-def weights(w):
-  """w, and what its share of a column's gain is multiplied by."""
-  LEAST: tl.constexpr = 0.05
-  return w, -1.0 / (tl.cumsum(w * w, 0) - w * w + LEAST)
+def change(gained, share):
+  """What w is multiplied by in a column that has gained so much: see `store_inverse`."""
+  return tl.minimum(tl.maximum(-gained * share, -MOST), MOST)
 
 
 @triton.jit
-def balanced(X, w, change):
-  """X with w times `change` of a column in place of the zeros above its diagonal."""
+def balanced(X, w, change_):
+  """X with w times `change_` of a column in place of the zeros above its diagonal."""
   i = tl.arange(0, X.shape[0])
-  return tl.where(i[:, None] < i[None, :], w[:, None] * change[None, :], X)
+  return tl.where(i[:, None] < i[None, :], w[:, None] * change_[None, :], X)
 
 
 @triton.jit
@@ -102,17 +104,20 @@ def store_inverse(out, A, A_t, gate, to_end, C: tl.constexpr, SOLVE: tl.constexp
   What is stored in 16 bits keeps its sums down the columns, weighted by w, what the chunk's end
   sees of a token: all that a state, or on the way back the gradient of the errors, gets of the
   inverse where keys are one and the same. Otherwise such states are off by 0.3 to 0.6 % by nothing
-  but the rounding of these elements. What a column has gained is taken away above the diagonal,
-  where it is least, as w times one number. Of a weight of 0, before a reset, nothing is taken, and
-  of small ones less than was gained: the errors of their tokens are kept too.
+  but the rounding of these elements. What column j gains by rounding is taken away above its
+  diagonal, where elements are zero and numbers are fine, by the least change that does: row i gets
+  w_i times -gain_j / sum_{i < j} w_i^2. So that the errors of early tokens and of small weights do
+  not pay for it, LEAST is added to that sum, and MOST bounds what w_i is multiplied by: where keys
+  and gates let an inverse grow, nobody pays more than an element of size 1 may lose to rounding.
   """
   dtype: tl.constexpr = out.dtype.element_ty
   N, N_t = A * gate[None, :], A_t * gate[:, None]
   if C == 16:
     X, X_t = inverse_of_16(N, N_t, SOLVE)
     if dtype != tl.float32:
-      w, share = weights(to_end * gate)
-      X = balanced(X, w, share * tl.sum(lost(w, X, dtype), 0))
+      w = to_end * gate
+      share = 1.0 / (tl.cumsum(w * w, 0) - w * w + LEAST)
+      X = balanced(X, w, change(gain(w, X, dtype), share))
     store_square(out, X, C)
     return X_t * gate[None, :], X_t, X_t
   else:
@@ -120,13 +125,14 @@ def store_inverse(out, A, A_t, gate, to_end, C: tl.constexpr, SOLVE: tl.constexp
     if dtype == tl.float32:
       store_quarters(out, A, tl.zeros_like(A), B, D, C)
     else:
-      w, share = weights(to_end * gate)
+      w = to_end * gate
+      share = 1.0 / (tl.cumsum(w * w, 0) - w * w + LEAST)
       w_first, w_second = halves(w, C)
       first, second = halves(share, C)
-      first *= tl.sum(lost(w_first, A, dtype), 0) + tl.sum(lost(w_second, B, dtype), 0)
+      first = change(gain(w_first, A, dtype) + gain(w_second, B, dtype), first)
       store_square(out + C // 2 * C, B, C)
       store_square(out, balanced(A, w_first, first), C)
-      second *= tl.sum(lost(w_second, D, dtype), 0)
+      second = change(gain(w_second, D, dtype), second)
       store_square(out + C // 2, w_first[:, None] * second[None, :], C)
       store_square(out + C // 2 * C + C // 2, balanced(D, w_second, second), C)
     first, second = halves(gate, C)
@@ -221,9 +227,9 @@ def prepare_kernel(
   if DELTA:
     A = tl.where(is_diagonal, 0.0, L * gram)
     A_t = tl.where(is_diagonal, 0.0, tl.trans(L) * gram)
-  # The base read-out of the residual form leaves out the current token.
   if DELTA:
     # T >> 30 is 0, which the compiler cannot know: unrolled, both inverses would be in registers.
+    # With one state it is a loop too, or the compiler orders it so that it spills.
     for state in tl.range(1 + RESIDUAL + (T >> 30)):
       is_base = state == 0
       gate, read = beta, scores
@@ -234,6 +240,7 @@ def prepare_kernel(
         if is_base:
           store_product(out + 3 * C * C, prediction, a, b, d, C, SOLVE)
         read = tl.where(is_base, 1.0, gamma)[:, None] * scores
+        # The base read-out of the residual form leaves out the current token.
         read = tl.where(is_base & is_diagonal, 0.0, read)
       store_product(out + 2 * state * C * C, read, a, b, d, C, SOLVE)
   elif RESIDUAL:

@@ -1,6 +1,9 @@
 """The emulation of the kernels' roundings: it is the recurrence, and errs as the kernels do."""
 
+import csv
+import os
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -8,24 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / 'experiments'))
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / 'experiments'))
 
-import state_rounding
+from ops_benchmark import rounding  # noqa: E402
 
-from tests.errors import error
-from tests.oracle import Call, recurrence
+from tests.errors import error  # noqa: E402
+from tests.oracle import Call, recurrence  # noqa: E402
 
 TOKENS = ('q', 'k', 'v', 'log_decay', 'beta', 'gamma')
 
 
 def drawn(kinds=1):
   with jax.enable_x64(True):
-    return state_rounding.draw(32, kinds, 0, 256)
+    return rounding.draw(32, kinds, 0, 256)
 
 
 def walked(inputs, variant=None):
   with jax.enable_x64(True):
-    return [np.asarray(x) for x in state_rounding.walk(inputs, variant)]
+    return [np.asarray(x) for x in rounding.walk(inputs, variant)]
 
 
 def test_exact_walk_is_the_recurrence():
@@ -43,7 +47,7 @@ def test_sums_down_the_columns_are_kept():
   with jax.enable_x64(True):
     found, free = (
       np.einsum('hi,hij->hj', weights, np.asarray(Y) - X)
-      for Y in (state_rounding.kept(jnp.asarray(X), weights), state_rounding.low(jnp.asarray(X)))
+      for Y in (rounding.kept(jnp.asarray(X), weights), rounding.low(jnp.asarray(X)))
     )
   # Above the diagonal of the first columns there is no room.
   assert np.abs(found[:, 4:]).mean() < 0.1 * np.abs(free[:, 4:]).mean()
@@ -53,7 +57,9 @@ def test_sums_down_the_columns_are_kept():
 def test_kernels_err_as_the_emulation_does():
   pytest.importorskip('triton')
   from rla_jax.kernels.residual import gpu
+  from rla_jax.kernels.residual.gpu import prepare
 
+  assert (prepare.LEAST.value, prepare.MOST.value) == (rounding.LEAST, rounding.MOST)
   inputs = drawn()
   dtypes = ['bfloat16'] * 3 + ['float32'] * 3
   tokens = (jnp.asarray(inputs[n][None], d) for n, d in zip(TOKENS, dtypes, strict=True))
@@ -66,3 +72,15 @@ def test_kernels_err_as_the_emulation_does():
     x = np.asarray(x[0], np.float64)
     assert error(x, z) > 1e-3, name
     assert error(x, y) < 0.5 * error(x, z), (name, error(x, y), error(x, z))
+
+
+def test_the_program_writes_its_table(tmp_path):
+  args = ['--sizes=16', '--kinds=1,2', '--draws=1', '--length=64', f'--out={tmp_path}']
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  subprocess.run(
+    [sys.executable, ROOT / 'experiments/state_rounding.py', *args], check=True, env=environment
+  )
+  with (tmp_path / 'state_rounding.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 2 * len(rounding.VARIANTS)
+  assert rounding.table(rows, 16).count('\n') == 1 + len(rounding.VARIANTS)
