@@ -72,5 +72,25 @@ def kernel_table(
   return _lines(lines)
 
 
+def accuracy_table(rows: list[dict], dtype: str = 'bfloat16') -> str:
+  """Markdown: the largest errors of each operation over all cases of one dtype, in per cent.
+
+  Args:
+    rows: of accuracy.csv.
+    dtype: of q, k and v.
+  """
+  columns = {n: (n,) for n in ('o', 'base', 'residual', 'dq', 'dk', 'dv')}
+  columns['gates'] = ('dbeta', 'dgamma', 'dlog_decay')
+  lines = [['', *columns], ['---'] * (1 + len(columns))]
+  for operation in dict.fromkeys(r['operation'] for r in rows):
+    cases = [r for r in rows if (r['operation'], r['dtype']) == (operation, dtype)]
+    largest = (
+      max((float(r[n]) for r in cases for n in names if r.get(n)), default=None)
+      for names in columns.values()
+    )
+    lines.append([NAMES[operation], *('' if x is None else f'{100 * x:.2f}' for x in largest)])
+  return _lines(lines)
+
+
 def _lines(lines):
   return '\n'.join('|' + '|'.join(f' {cell} ' for cell in line) + '|' for line in lines)
