@@ -102,6 +102,7 @@ def forward_kernel(
   READ_LATE: tl.constexpr = DELTA and RESIDUAL and not WIDE
   WRITE_FIRST: tl.constexpr = SAVE and DELTA and not READ_LATE
   READ_LAST: tl.constexpr = not DELTA and BLOCK_V >= 64
+  STORE_EARLY: tl.constexpr = READ_LATE or (WIDE and SAVE)
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   WORDS: tl.constexpr = (C + 31) // 32
   sequence = tl.program_id(0) // TILES
@@ -178,9 +179,9 @@ def forward_kernel(
       if WIDE:  # not before, or registers spill
         v = tl.dot(v, identity, input_precision=PRECISION)
       exact = v - decay_in * X
-      if RESIDUAL:  # here, or more is in registers while the errors are found
-        r = exact + (decay_in - tl.load(gates + BASE_BEFORE * C + i)[None, :]) * X
       y, F = errors(exact, square + C * C, PRECISION)
+      if RESIDUAL:  # from what is in registers, where v is not
+        r = exact + (decay_in - tl.load(gates + BASE_BEFORE * C + i)[None, :]) * X
       if SAVE and WIDE:
         store_tile(base_error_ptr + values + value_offsets, tl.trans(F.to(dtype)), value_seen, EVEN)
       if READ_LATE:
@@ -226,9 +227,10 @@ def forward_kernel(
         F = r
       if not READ_LAST:
         o = tl.dot(y, tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
-        if OUTPUT and READ_LATE:
+        if OUTPUT and STORE_EARLY:
           store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
       write = tl.load(gates + RESIDUAL_OUT * C + i)[None, :] * F
+      decay_all = tl.load(gates + BASE_IN * C + C - 1)  # again, or it is kept in a register
       R = written(write, k, decay_all * R, DELTA, dtype, PRECISION)
       if SAVE:
         store_tile(
@@ -236,7 +238,7 @@ def forward_kernel(
         )
       if READ_LAST:
         o = tl.dot(y, tl.trans(tl.load(residual_square)), o, input_precision=PRECISION)
-    if OUTPUT and not READ_LATE:
+    if OUTPUT and not STORE_EARLY:
       u = fresh(i, start) if WIDE else t
       value_offsets = u[:, None] * (H * V) + e[None, :]
       store_tile(o_ptr + values + value_offsets, tl.trans(o.to(dtype)), value_seen, EVEN)
