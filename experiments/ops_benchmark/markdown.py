@@ -92,5 +92,22 @@ def accuracy_table(rows: list[dict], dtype: str = 'bfloat16') -> str:
   return _lines(lines)
 
 
+def rounding_table(rows: list[dict], size: int) -> str:
+  """Markdown: errors of base and residual state in per cent, the mean and in brackets the largest.
+
+  Args:
+    rows: of state_rounding.csv.
+    size: of a head.
+  """
+  found = {(r['variant'], int(r['kinds'])): r for r in rows if int(r['size']) == size}
+  kinds = list(dict.fromkeys(n for _, n in found))
+  lines = [['', *(f'{n} kind' + 's' * (n > 1) for n in kinds)], ['---'] * (1 + len(kinds))]
+  names = [f'{state}_{x}' for x in ('mean', 'largest') for state in ('base', 'residual')]
+  for variant in dict.fromkeys(variant for variant, _ in found):
+    percents = ([f'{100 * float(found[variant, n][x]):.2f}' for x in names] for n in kinds)
+    lines.append([variant, *('{} {} ({} {})'.format(*x) for x in percents)])
+  return _lines(lines)
+
+
 def _lines(lines):
   return '\n'.join('|' + '|'.join(f' {cell} ' for cell in line) + '|' for line in lines)

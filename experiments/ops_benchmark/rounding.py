@@ -16,7 +16,7 @@ from ops_benchmark.problem import Problem, make_inputs
 COLUMNS = [f'{state}_{x}' for state in ('base', 'residual') for x in ('mean', 'largest')]
 CHUNK, SHARE = 32, 0.9
 LEAST, MOST = 0.05, 2**-8  # as in kernels.residual.gpu.prepare
-# inverse: '', 'free' or 'kept'; whether errors are rounded to one part, and everything else is.
+# How the inverse is stored ('': exactly), and whether errors have one part (else two).
 VARIANTS = {
   'all': ('kept', True), 'free': ('free', True), 'parts': ('kept', False),
   'free parts': ('free', False), 'exact inverse': ('', False),
@@ -115,19 +115,3 @@ def errors_of(size: int, kinds: int, seed: int, length: int) -> dict[str, np.nda
       ])
       for variant in VARIANTS
     }  # fmt: skip
-
-
-def table(rows: list[dict], size: int) -> str:
-  """Markdown of the rows of one size: means of base and residual state, largest in brackets."""
-  rows = [r for r in rows if int(r['size']) == size]
-  kinds = list(dict.fromkeys(int(r['kinds']) for r in rows))
-  lines = [['', *(f'{n} kind' + 's' * (n > 1) for n in kinds)], ['---'] * (1 + len(kinds))]
-  for variant in VARIANTS:
-    line = [variant]
-    for n in kinds:
-      (row,) = (r for r in rows if (int(r['kinds']), r['variant']) == (n, variant))
-      percent = {name: f'{100 * float(row[name]):.2f}' for name in COLUMNS}
-      cell = '{base_mean} {residual_mean} ({base_largest} {residual_largest})'
-      line.append(cell.format(**percent))
-    lines.append(line)
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)

@@ -7,7 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'experiments'))
 
-from ops_benchmark import markdown, rounding  # noqa: E402
+from ops_benchmark import markdown  # noqa: E402
 
 ERRORS = ('o', 'base', 'residual', 'dq', 'dk', 'dv', 'dbase', 'dresidual', 'dbeta', 'dgamma',
           'dlog_decay')  # fmt: skip
@@ -136,4 +136,4 @@ def test_the_page_tells_every_case_that_is_over_the_bar():
 
 def test_the_page_has_what_the_states_errors_are_made_of():
   text = (ROOT / 'docs/gpu.md').read_text(encoding='utf-8')
-  assert rounding.table(results('state_rounding.csv'), 128) in text
+  assert markdown.rounding_table(results('state_rounding.csv'), 128) in text

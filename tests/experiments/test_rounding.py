@@ -14,7 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'experiments'))
 
-from ops_benchmark import rounding  # noqa: E402
+from ops_benchmark import markdown, rounding  # noqa: E402
 
 from tests.errors import error  # noqa: E402
 from tests.oracle import Call, recurrence  # noqa: E402
@@ -83,4 +83,4 @@ def test_the_program_writes_its_table(tmp_path):
   with (tmp_path / 'state_rounding.csv').open(newline='') as file:
     rows = list(csv.DictReader(file))
   assert len(rows) == 2 * len(rounding.VARIANTS)
-  assert rounding.table(rows, 16).count('\n') == 1 + len(rounding.VARIANTS)
+  assert markdown.rounding_table(rows, 16).count('\n') == 1 + len(rounding.VARIANTS)
