@@ -103,7 +103,7 @@ def forward_kernel(
   WRITE_FIRST: tl.constexpr = SAVE and DELTA and not READ_LATE
   READ_LAST: tl.constexpr = not DELTA and BLOCK_V >= 64
   # Of two saved states by the report of Triton 3.9, which has no spills so. On an H200, with
-  # Triton 3.6, it costs 5 % of the walk (docs/gpu.md).
+  # Triton 3.6, it costs 4 % of the walk (docs/gpu.md).
   STORE_EARLY: tl.constexpr = READ_LATE or (WIDE and SAVE)
   TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
   WORDS: tl.constexpr = (C + 31) // 32
